@@ -1,0 +1,106 @@
+"""The two records that quantization is about: `QuantSpec`, the wish, and `QuantParams`, the result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+INTEGER_RANGES: dict[str, tuple[int, int]] = {
+    "int4": (-8, 7),
+    "uint4": (0, 15),
+    "int8": (-128, 127),
+    "uint8": (0, 255),
+    "int16": (-32768, 32767),
+    "uint16": (0, 65535),
+    "int32": (-(2**31), 2**31 - 1),
+}
+"""The representable codes of each quantized type, both ends included."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantSpec:
+    """How a kind of tensor is to be quantized.
+
+    Attributes:
+        dtype: one of `INTEGER_RANGES`.
+        symmetric: the zero point is the middle code (0 for signed types).
+        per_channel: one scale per channel instead of one per tensor; the axis is the operator's business.
+        narrow_range: leave the lowest code unused (int8: -127 to 127).
+    """
+
+    dtype: str = "uint8"
+    symmetric: bool = False
+    per_channel: bool = False
+    narrow_range: bool = False
+
+    @property
+    def qmin(self) -> int:
+        """The lowest code in use."""
+        return INTEGER_RANGES[self.dtype][0] + (1 if self.narrow_range else 0)
+
+    @property
+    def qmax(self) -> int:
+        """The highest code in use."""
+        return INTEGER_RANGES[self.dtype][1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantParams:
+    """The quantization grid of one tensor: `real = (code - zero_point) * scale`.
+
+    Attributes:
+        dtype: type of the codes, one of `INTEGER_RANGES`.
+        scale: float32, shape `()` per tensor or `(C,)` per channel; positive and finite.
+        zero_point: int64 here (stored as `dtype` in files), the shape of `scale`.
+        axis: the channel axis, or None per tensor.
+        narrow_range: the lowest code is not used.
+        observer: what chose the range ("minmax", "kld", "fake_quant", ...).
+        low, high: the range that the grid was chosen for, before it was rounded to codes; NaN when not known.
+            `export` re-grids from it.
+        fixed: the grid was trained, or came with the source: it is re-expressed losslessly or not at all.
+    """
+
+    dtype: str
+    scale: NDArray[np.float32]
+    zero_point: NDArray[np.int64]
+    axis: int | None = None
+    narrow_range: bool = False
+    observer: str = ""
+    low: float = float("nan")
+    high: float = float("nan")
+    fixed: bool = field(default=False)
+
+    @property
+    def qmin(self) -> int:
+        """The lowest code in use."""
+        return INTEGER_RANGES[self.dtype][0] + (1 if self.narrow_range else 0)
+
+    @property
+    def qmax(self) -> int:
+        """The highest code in use."""
+        return INTEGER_RANGES[self.dtype][1]
+
+    def __eq__(self, other: object) -> bool:
+        """Equal in every field; arrays by value, NaN equal to NaN."""
+        if not isinstance(other, QuantParams):
+            return NotImplemented
+        plain = ("dtype", "axis", "narrow_range", "observer", "fixed")
+        return (
+            all(getattr(self, name) == getattr(other, name) for name in plain)
+            and same_grid(self, other)
+            and np.array_equal([self.low, self.high], [other.low, other.high], equal_nan=True)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def same_grid(a: QuantParams, b: QuantParams) -> bool:
+    """Whether two parameters put the same codes on the same real numbers."""
+    return (
+        a.dtype == b.dtype
+        and a.axis == b.axis
+        and np.array_equal(a.scale, b.scale)
+        and np.array_equal(a.zero_point, b.zero_point)
+    )

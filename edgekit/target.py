@@ -1,0 +1,163 @@
+"""Deployment targets: hardware, runtime and quantization rules, read from one TOML file each."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from edgekit.errors import TargetError
+from edgekit.quant.spec import QuantSpec
+from edgekit.toml_file import Table, read_toml, validate
+
+Rule = Literal["quantize", "pass_through", "float"]
+Format = Literal["qdq", "qoperator", "integer"]
+
+PORTABLE = "portable"
+"""The rules that every shipped target extends; models are compressed for it unless a target is named."""
+
+
+class Device(Table):
+    """The machine: `arch` as `platform.machine()` says it, and the instruction sets that saturation depends on."""
+
+    arch: str = ""
+    isa: tuple[str, ...] = ()
+
+
+class Graph(Table):
+    """The ONNX graph to write: its default format, the formats the runtime takes, its opset."""
+
+    format: Format = "qdq"
+    formats: tuple[Format, ...] = ("qdq",)
+    opset: Annotated[int, Field(ge=13, le=25)] = 21
+
+
+class Tensor(Table):
+    """A `QuantSpec` as it stands in a file."""
+
+    dtype: Literal["int8", "uint8", "int4", "uint4", "int16", "uint16"] = "uint8"
+    symmetric: bool = False
+    per_channel: bool = False
+    narrow_range: bool = False
+
+    @property
+    def spec(self) -> QuantSpec:
+        """The same as a `QuantSpec`."""
+        return QuantSpec(self.dtype, self.symmetric, self.per_channel, self.narrow_range)
+
+
+class Quantization(Table):
+    """Which operators run quantized, on which grids, and where Quantize/DequantizeLinear stand.
+
+    Attributes:
+        activation, weight: the grids.
+        output_q: "always" puts Q/DQ on the output of each quantized operator, "when-consumed" only where a quantized
+            operator reads it.
+        bias: "int32" stores it on the accumulator's grid behind a DequantizeLinear, "float" leaves it alone.
+        residual_add: "both" quantizes both inputs of an Add, "skip" only the one that no convolution feeds.
+        absorb: activations that may stand between an operator and its Q.
+        drop_redundant: activations that are deleted where the output's range already clips as they do.
+        unify: operators whose inputs and output share one grid.
+        quantize, pass_through: operator types; all others stay float.
+        integer_pad: Pad runs on codes (padding with the zero point) instead of in float.
+    """
+
+    activation: Tensor = Tensor()
+    weight: Tensor = Tensor(dtype="int8", symmetric=True, per_channel=True, narrow_range=True)
+    output_q: Literal["always", "when-consumed"] = "when-consumed"
+    bias: Literal["float", "int32"] = "float"
+    residual_add: Literal["both", "skip"] = "both"
+    absorb: tuple[str, ...] = ("Relu", "Clip")
+    drop_redundant: tuple[str, ...] = ()
+    unify: tuple[str, ...] = ("Concat",)
+    quantize: tuple[str, ...] = ()
+    pass_through: tuple[str, ...] = ()
+    integer_pad: bool = False
+
+
+class Runtime(Table):
+    """How the runtime is set up; `options` go to it as they are."""
+
+    threads: Annotated[int, Field(ge=1)] = 2
+    float_dtype: Literal["float32", "float16"] = "float32"
+    artifact: str = ""
+    options: dict[str, str] = {}
+
+
+class Target(Table):
+    """One deployment target."""
+
+    name: str
+    summary: str
+    backend: str = ""
+    device: Device = Device()
+    graph: Graph = Graph()
+    quantization: Quantization = Quantization()
+    runtime: Runtime = Runtime()
+
+    def rule_for(self, op_type: str) -> Rule:
+        """What this target does with an operator of the default ONNX domain."""
+        if op_type in self.quantization.quantize:
+            return "quantize"
+        if op_type in self.quantization.pass_through:
+            return "pass_through"
+        return "float"
+
+
+def target_folder() -> Path:
+    """The folder of the shipped target files: inside the installed package, or the repository's own."""
+    packaged = Path(__file__).parent / "targets"
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "targets"
+
+
+def target_names() -> list[str]:
+    """The names of the shipped targets that have a backend, sorted."""
+    return sorted(path.stem for path in target_folder().glob("*.toml") if path.stem != PORTABLE)
+
+
+def load_target(name: str) -> Target:
+    """The target of a shipped name, or of the path of a TOML file.
+
+    Raises:
+        TargetError: unknown name, unreadable file, or a mistake in it.
+    """
+    path = _find(name)
+    return validate(_merged(path, seen=()), Target, path=path)
+
+
+def _find(name: str) -> Path:
+    shipped = target_folder() / f"{name}.toml"
+    if shipped.is_file():
+        return shipped
+    path = Path(name)
+    if path.suffix == ".toml" or path.is_file():
+        if not path.is_file():
+            raise TargetError(f"target file {name!r} does not exist")
+        return path
+    names = [*target_names(), PORTABLE]
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise TargetError(f"unknown target {name!r}; {hint}known targets: {', '.join(names)}; or give a .toml file")
+
+
+def _merged(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """The file's tables over those of the target it extends."""
+    if path in seen:
+        raise TargetError(f"{path}: extends itself, through {' -> '.join(str(p.name) for p in (*seen, path))}")
+    data = read_toml(path)
+    base_name = data.pop("extends", None)
+    if base_name is None:
+        return data
+    beside = path.parent / f"{base_name}.toml"
+    base = beside if beside.is_file() else _find(str(base_name))
+    return _overlay(_merged(base, (*seen, path)), data)
+
+
+def _overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        old = merged.get(key)
+        merged[key] = _overlay(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged

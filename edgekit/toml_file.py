@@ -1,0 +1,91 @@
+"""Reading a TOML file into a typed, frozen record, with errors that name the line to fix."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from edgekit.errors import TargetError
+
+
+class Table(BaseModel):
+    """A TOML table: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+T = TypeVar("T", bound=Table)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The file as plain dictionaries.
+
+    Raises:
+        TargetError: when it cannot be read or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TargetError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        raise TargetError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except tomllib.TOMLDecodeError as error:
+        raise TargetError(f"{path}: is not valid TOML: {error}") from error
+
+
+def validate(data: dict[str, Any], kind: type[T], *, path: Path) -> T:
+    """`data` as a `kind`.
+
+    Raises:
+        TargetError: one line for each mistake: where it stands, what was found, what was expected.
+    """
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        lines = [_explain(dict(mistake), kind, text) for mistake in error.errors()]
+        raise TargetError(f"{path}: " + "; ".join(lines)) from error
+
+
+def _explain(mistake: dict[str, Any], kind: type[BaseModel], text: str) -> str:
+    keys = [str(part) for part in mistake["loc"]]
+    where = ".".join(keys)
+    number = _line_of(keys, text)
+    place = f"line {number}: " if number else ""
+    if mistake["type"] == "extra_forbidden":
+        known = _keys_at(kind, keys[:-1])
+        near = difflib.get_close_matches(keys[-1], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}"
+        return f"{place}unknown key {where!r}; {hint}"
+    if mistake["type"] == "missing":
+        return f"key {where!r} is missing; add it"
+    return f"{place}{where!r} is {mistake['input']!r}: {mistake['msg'].lower()}"
+
+
+def _keys_at(kind: type[BaseModel], path: list[str]) -> list[str]:
+    for key in path:
+        field = kind.model_fields.get(key)
+        annotation = field.annotation if field else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        kind = annotation
+    return list(kind.model_fields)
+
+
+def _line_of(keys: list[str], text: str) -> int | None:
+    """The line on which the last of `keys` is set, looking under its table's heading first."""
+    lines = text.splitlines()
+    start = 0
+    for index, line in enumerate(lines):
+        if line.strip() == f"[{'.'.join(keys[:-1])}]":
+            start = index
+    pattern = re.compile(rf"(^|[\s{{,.]){re.escape(keys[-1])}\s*=|^\s*\[{re.escape('.'.join(keys))}\]")
+    for index in [*range(start, len(lines)), *range(start)]:
+        if pattern.search(lines[index].split("#")[0]):
+            return index + 1
+    return None
