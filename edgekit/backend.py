@@ -33,6 +33,7 @@ class Availability:
     Attributes:
         can_convert: its package is installed, so artifacts can be built.
         can_run: its device is present too, so artifacts can be run and timed.
+        can_check: artifacts can be run here for their results, on this device or another; not for their speed.
         version: of the runtime, for people ("tensorrt_rtx 1.7.1.116"); empty when not installed.
         reason: why it cannot convert or run; empty when it can do both.
         remedy: what would make it run, as an instruction; empty when nothing is missing.
@@ -40,6 +41,7 @@ class Availability:
 
     can_convert: bool
     can_run: bool
+    can_check: bool
     version: str = ""
     reason: str = ""
     remedy: str = ""
@@ -144,7 +146,7 @@ def get_backend(name: str) -> Backend:
     found = [entry for entry in entry_points(group=ENTRY_POINT_GROUP) if entry.name == name]
     if not found:
         known = ", ".join(backend_names()) or "none"
-        raise BackendError(f"backend {name!r} is not installed (installed: {known}); install the package that offers it")
+        raise BackendError(f"backend {name!r} is not installed (installed: {known}): install its package")
     try:
         backend_class = found[0].load()
     except ImportError as error:

@@ -83,7 +83,7 @@ class Runtime(Table):
     threads: Annotated[int, Field(ge=1)] = 2
     float_dtype: Literal["float32", "float16"] = "float32"
     artifact: str = ""
-    options: dict[str, str] = {}
+    options: Annotated[dict[str, str], Field(default_factory=dict)]
 
 
 class Target(Table):

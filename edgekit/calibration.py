@@ -1,0 +1,124 @@
+"""Calibration: run the float model over samples and choose a range for every tensor that needs one.
+
+Memory is flat in the number of samples: each batch's activations are folded into histograms and forgotten. The histograms' bins
+are powers of two wide, so their sum depends neither on the order of batches nor on their size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import onnx_ir as ir
+
+from edgekit.data import Batch
+from edgekit.errors import DataError
+from edgekit.graph.annotations import all_values, get_params, get_wish, set_params
+from edgekit.graph.operators import is_constant
+from edgekit.graph.rules import shares_grid
+from edgekit.graph.run import Session
+from edgekit.quant.affine import choose_params, weight_params
+from edgekit.quant.estimators import get_estimator
+from edgekit.quant.observers import HistogramObserver
+from edgekit.target import Target
+
+
+def calibrate(
+    model: ir.Model,
+    target: Target,
+    batches: Iterable[Batch],
+    *,
+    estimator: str = "kld",
+    threads: int = 0,
+    on_batch: Callable[[int], None] | None = None,
+) -> ir.Model:
+    """Give quant attributes to every tensor that is wished quantized and has none yet.
+
+    Args:
+        model: float, with wishes from `assign_specs`.
+        target: says which tensors share a grid: what only moves numbers around needs no observing.
+        batches: samples, in any order and of any size.
+        estimator: how a range is chosen from a histogram, a name from `quant.estimators`.
+        threads: of inference; 0 lets ONNX Runtime choose.
+        on_batch: told the number of samples after each batch.
+
+    Raises:
+        DataError: no samples, or a tensor becomes NaN or Inf.
+    """
+    choose = get_estimator(estimator)
+    model = model.clone()
+    _calibrate_weights(model.graph)
+    observed = _observe(model, _to_observe(model, target), batches, threads=threads, on_batch=on_batch)
+    for value, observer in observed.items():
+        wish = get_wish(value)
+        assert wish is not None
+        low, high = choose(observer.histogram(), wish[0])
+        set_params(value, choose_params(low, high, wish[0], observer=estimator))
+    return model
+
+
+def _calibrate_weights(graph: ir.Graph) -> None:
+    for value in all_values(graph):
+        wish = get_wish(value)
+        if wish is None or get_params(value) is not None or not is_constant(value) or value.const_value is None:
+            continue
+        weight = value.const_value.numpy()
+        if not np.isfinite(weight.astype(np.float32)).all():
+            raise DataError(f"weight {value.name!r} holds NaN or Inf; it cannot be quantized: check the checkpoint")
+        set_params(value, weight_params(weight.astype(np.float32), wish[0], axis=wish[1]))
+
+
+def _to_observe(model: ir.Model, target: Target) -> list[ir.Value]:
+    """The wished activations, without those that hold only numbers of another one: outputs of operators that share a grid."""
+    derived = {output for node in model.graph if shares_grid(node, target) for output in node.outputs}
+    return [
+        value
+        for value in all_values(model.graph)
+        if get_wish(value) is not None and get_params(value) is None and not is_constant(value) and value not in derived
+    ]
+
+
+def _observe(
+    model: ir.Model,
+    values: list[ir.Value],
+    batches: Iterable[Batch],
+    *,
+    threads: int,
+    on_batch: Callable[[int], None] | None,
+) -> dict[ir.Value, HistogramObserver]:
+    observers = {value: HistogramObserver() for value in values}
+    inputs = {value.name: value for value in values if value.is_graph_input()}
+    computed = [value for value in values if not value.is_graph_input()]
+    session = Session(_with_outputs(model, computed), optimize=True, threads=threads)
+    seen = 0
+    for batch in batches:
+        for name, value in inputs.items():
+            _update(observers[value], batch.feeds[name or ""], value)
+        if computed:
+            arrays = session.run(batch.feeds, outputs=[value.name or "" for value in computed])
+            for value in computed:
+                _update(observers[value], arrays[value.name or ""], value)
+        seen += len(batch)
+        if on_batch is not None:
+            on_batch(len(batch))
+    if not seen:
+        raise DataError("the calibration data holds no samples; give at least one (a few hundred make good ranges)")
+    return observers
+
+
+def _update(observer: HistogramObserver, array: np.ndarray, value: ir.Value) -> None:
+    try:
+        observer.update(array)
+    except DataError as error:
+        raise DataError(
+            f"tensor {value.name!r} becomes NaN or Inf during calibration ({error}); check the checkpoint and the preprocessing"
+        ) from error
+
+
+def _with_outputs(model: ir.Model, values: list[ir.Value]) -> ir.Model:
+    """A copy with more outputs: its node outputs are found again by name."""
+    names = {value.name for value in values}
+    copy = model.clone()
+    present = {value.name for value in copy.graph.outputs}
+    copy.graph.outputs.extend(v for v in all_values(copy.graph) if v.name in names and v.name not in present)
+    return copy

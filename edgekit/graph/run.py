@@ -1,0 +1,87 @@
+"""Running a graph in ONNX Runtime as a reference: for calibration, for proofs of equality and for simulation."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from edgekit.errors import GraphError
+from edgekit.graph.io import EXTERNAL_DATA_LIMIT, save_onnx
+
+Arrays = dict[str, NDArray[np.generic]]
+
+
+class Session:
+    """A model in ONNX Runtime on the CPU.
+
+    Args:
+        model: the graph, or the path of a file.
+        optimize: let ONNX Runtime fuse and rewrite. Off, each node is computed as the standard says: the simulation.
+        threads: of one inference; 0 lets ONNX Runtime choose.
+    """
+
+    def __init__(self, model: ir.Model | Path, *, optimize: bool, threads: int = 0) -> None:
+        options = ort.SessionOptions()
+        level = ort.GraphOptimizationLevel
+        options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 4
+        # Spinning threads slow whatever works on the results between two runs.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        try:
+            self._session = ort.InferenceSession(self._source(model), options, providers=["CPUExecutionProvider"])
+        except _ORT_ERRORS as error:
+            raise GraphError(f"ONNX Runtime cannot load the model: {first_line(error)}") from error
+        self.input_names: list[str] = [i.name for i in self._session.get_inputs()]
+        self.output_names: list[str] = [o.name for o in self._session.get_outputs()]
+
+    def run(self, feeds: Mapping[str, NDArray[np.generic]], outputs: Sequence[str] | None = None) -> Arrays:
+        """Arrays by input name in, arrays by output name out.
+
+        Raises:
+            GraphError: with ONNX Runtime's words, when a node fails.
+        """
+        names = self.output_names if outputs is None else list(outputs)
+        try:
+            results = self._session.run(names, dict(feeds))
+        except _ORT_ERRORS as error:
+            raise GraphError(f"ONNX Runtime cannot run the model: {first_line(error)}") from error
+        return dict(zip(names, results, strict=True))
+
+    def _source(self, model: ir.Model | Path) -> str | bytes:
+        if isinstance(model, Path):
+            return str(model)
+        size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+        if size <= EXTERNAL_DATA_LIMIT:
+            serialized: bytes = ir.to_proto(model).SerializeToString()
+            return serialized
+        self._folder = tempfile.TemporaryDirectory(prefix="edgekit-")
+        path = Path(self._folder.name) / "model.onnx"
+        save_onnx(model, path)
+        return str(path)
+
+
+_STATE = ort.capi.onnxruntime_pybind11_state
+_ORT_ERRORS: tuple[type[Exception], ...] = (
+    _STATE.Fail,
+    _STATE.InvalidArgument,
+    _STATE.InvalidGraph,
+    _STATE.InvalidProtobuf,
+    _STATE.NoSuchFile,
+    _STATE.NotImplemented,
+    _STATE.RuntimeException,
+)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, shortened to be read in a sentence."""
+    text = str(error).strip().splitlines()
+    line = text[0] if text else type(error).__name__
+    return line if len(line) <= 300 else line[:297] + "..."

@@ -1,0 +1,75 @@
+"""Give tensors that must be on one grid one grid."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import onnx_ir as ir
+
+from edgekit.errors import GraphError
+from edgekit.graph.annotations import get_params, get_wish, set_params
+from edgekit.graph.rules import shares_grid
+from edgekit.quant.affine import choose_params
+from edgekit.quant.spec import QuantParams, same_grid
+from edgekit.target import Target
+
+
+def unify_params(model: ir.Model, target: Target) -> ir.Model:
+    """Inputs and outputs of a Concat, and both sides of pass-through operators, get the union of their ranges.
+
+    Values that are wished quantized but were not observed (the output of a pass-through operator holds no new numbers) take the
+    grid of their group. A grid that was trained is never moved: where one is in a group, the others join it.
+
+    Raises:
+        GraphError: two trained grids that differ would have to be one.
+    """
+    model = model.clone()
+    for group in _groups(model, target):
+        known = [params for value in group if (params := get_params(value)) is not None]
+        if not known:
+            continue
+        shared = _trained(group) or _union(group, known)
+        for value in group:
+            old = get_params(value)
+            if old is None or not old.fixed:
+                set_params(value, shared)
+    return model
+
+
+def _groups(model: ir.Model, target: Target) -> list[list[ir.Value]]:
+    """The sets of values that are tied to each other, directly or in a chain, each in graph order."""
+    leader: dict[ir.Value, ir.Value] = {}
+
+    def find(value: ir.Value) -> ir.Value:
+        while leader.setdefault(value, value) is not value:
+            leader[value] = leader[leader[value]]
+            value = leader[value]
+        return value
+
+    for node in model.graph:
+        tied = [value for value in shares_grid(node, target) if get_params(value) is not None or get_wish(value) is not None]
+        for value in tied[1:]:
+            leader[find(value)] = find(tied[0])
+    groups: dict[ir.Value, list[ir.Value]] = {}
+    for value in list(leader):
+        groups.setdefault(find(value), []).append(value)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _trained(group: list[ir.Value]) -> QuantParams | None:
+    fixed = [(value, params) for value in group if (params := get_params(value)) is not None and params.fixed]
+    for value, params in fixed[1:]:
+        if not same_grid(params, fixed[0][1]):
+            raise GraphError(
+                f"tensors {fixed[0][0].name!r} and {value.name!r} must be on one grid, but were trained on two (scale "
+                f"{fixed[0][1].scale} and {params.scale}); share one fake-quantizer between them"
+            )
+    return fixed[0][1] if fixed else None
+
+
+def _union(group: list[ir.Value], known: list[QuantParams]) -> QuantParams:
+    wish = next((wish for value in group if (wish := get_wish(value)) is not None), None)
+    assert wish is not None, "an untrained grid comes from a wish"
+    low, high = min(params.low for params in known), max(params.high for params in known)
+    observer = known[0].observer if len({params.observer for params in known}) == 1 else "union"
+    return dataclasses.replace(choose_params(low, high, wish[0]), observer=observer)

@@ -1,0 +1,194 @@
+"""Streaming statistics of one tensor, in constant memory, equal for every order and split of the batches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit.errors import DataError
+
+BINS = 4096
+"""Bins on either side of zero. The largest magnitude lies in their upper half, so 2048 to 4096 bins are in use."""
+
+CHUNK = 32768
+"""Values binned at once: the scratch arrays of a chunk (384 KB) stay in the second-level cache."""
+
+_BITS = BINS.bit_length() - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Histogram:
+    """What was seen of a tensor; zero is an edge between two bins.
+
+    Attributes:
+        counts: int64 `(N,)`; bin i holds `first_edge + i * width <= x < first_edge + (i + 1) * width`.
+        first_edge: lower edge of bin 0, a multiple of `width`.
+        width: of every bin, positive.
+        min, max: exact extremes of what was seen; 0 when nothing was.
+        count: how many values were seen, the sum of `counts`.
+    """
+
+    counts: NDArray[np.int64]
+    first_edge: float
+    width: float
+    min: float
+    max: float
+    count: int
+
+    @property
+    def zero_bin(self) -> int:
+        """The index of the bin whose lower edge is zero; N when all bins lie below."""
+        return round(-self.first_edge / self.width)
+
+    @property
+    def centers(self) -> NDArray[np.float64]:
+        """The middle of each bin, `(N,)`."""
+        return np.asarray(self.first_edge + (np.arange(self.counts.size) + 0.5) * self.width, np.float64)
+
+
+class MinMaxObserver:
+    """Exact minimum and maximum; `inf` and `-inf` before the first value."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.min = math.inf
+        self.max = -math.inf
+
+    def update(self, x: NDArray[np.generic]) -> None:
+        """Take in the values of `x`, of any shape and float type.
+
+        Raises:
+            DataError: some are NaN or infinite; then nothing of `x` is taken in.
+        """
+        flat = np.asarray(x).reshape(-1)
+        if flat.size:
+            low, high = _extremes(flat)
+            self._extend(low, high, flat.size)
+
+    def merge(self, other: MinMaxObserver) -> None:
+        """Take in all that `other` saw."""
+        self._extend(other.min, other.max, other.count)
+
+    def _extend(self, low: float, high: float, count: int) -> None:
+        self.min, self.max, self.count = min(self.min, low), max(self.max, high), self.count + count
+
+
+class HistogramObserver:
+    """Exact minimum and maximum, and a histogram whose bins widen to fit the data.
+
+    Bin widths are powers of two and bins start at multiples of their width, so narrow bins nest exactly in wide ones:
+    when a larger value arrives, bins merge in pairs, and what results is what one pass over all data with the final
+    width would have counted. Memory: 64 KB.
+    """
+
+    def __init__(self) -> None:
+        self.range = MinMaxObserver()
+        self._counts = np.zeros(2 * BINS, np.int64)
+        self._exponent: int | None = None  # the bins cover [-2**exponent, 2**exponent); None: only zeros so far
+
+    @property
+    def count(self) -> int:
+        """How many values were seen."""
+        return self.range.count
+
+    @property
+    def min(self) -> float:
+        """The smallest value seen; `inf` before the first."""
+        return self.range.min
+
+    @property
+    def max(self) -> float:
+        """The largest value seen; `-inf` before the first."""
+        return self.range.max
+
+    def update(self, x: NDArray[np.generic]) -> None:
+        """Take in the values of `x`, of any shape and float type (more than float32 holds is rounded to it).
+
+        Raises:
+            DataError: some are NaN or infinite; then nothing of `x` is taken in.
+        """
+        flat = np.asarray(x).reshape(-1)
+        if flat.dtype != np.float32:
+            with np.errstate(over="ignore"):
+                flat = flat.astype(np.float32)
+        if not flat.size:
+            return
+        low, high = _extremes(flat)
+        self.range._extend(low, high, flat.size)
+        largest = max(-low, high)
+        if largest == 0.0:
+            self._counts[BINS] += flat.size
+            return
+        self._widen(math.frexp(largest)[1])
+        self._bin(flat, negative=low < 0.0)
+
+    def merge(self, other: HistogramObserver) -> None:
+        """Take in all that `other` saw; the result is that of one observer that saw everything."""
+        self.range.merge(other.range)
+        if other._exponent is None:
+            self._counts += other._counts
+            return
+        self._widen(other._exponent)
+        assert self._exponent is not None
+        self._counts += _merge_bins(other._counts, self._exponent - other._exponent)
+
+    def histogram(self) -> Histogram:
+        """What was seen so far, as a copy."""
+        exponent = 0 if self._exponent is None else self._exponent
+        low, high = (self.min, self.max) if self.count else (0.0, 0.0)
+        edge = math.ldexp(1.0, exponent)
+        return Histogram(self._counts.copy(), -edge, edge / BINS, low, high, self.count)
+
+    def _widen(self, exponent: int) -> None:
+        """Cover at least [-2**exponent, 2**exponent)."""
+        if self._exponent is None:
+            self._exponent = exponent  # zeros stay in their bin
+        elif exponent > self._exponent:
+            self._counts = _merge_bins(self._counts, exponent - self._exponent)
+            self._exponent = exponent
+
+    def _bin(self, flat: NDArray[np.float32], *, negative: bool) -> None:
+        assert self._exponent is not None
+        shift = _BITS - self._exponent
+        # The product must neither overflow nor vanish (a tiny negative number belongs below zero): float32 has room
+        # for that while the width is between 2**-126 and 1; float64 always has.
+        working = np.float32 if 0 <= shift <= 126 else np.float64
+        scale = working(math.ldexp(1.0, shift))
+        scaled, index = np.empty(min(CHUNK, flat.size), working), np.empty(min(CHUNK, flat.size), np.intp)
+        first = BINS if not negative else 0
+        for start in range(0, flat.size, CHUNK):
+            chunk = flat[start : start + CHUNK]
+            s, i = scaled[: chunk.size], index[: chunk.size]
+            np.multiply(chunk, scale, out=s)
+            if negative:  # without negative values the cast to integers is the floor
+                np.floor(s, out=s)
+                np.add(s, working(BINS), out=s)
+            i[...] = s
+            self._counts[first:] += np.bincount(i, minlength=2 * BINS - first)
+
+
+def _extremes(flat: NDArray[np.generic]) -> tuple[float, float]:
+    """The smallest and largest of at least one value; they also show NaN and infinity, at no further cost."""
+    low, high = float(flat.min()), float(flat.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        values = np.asarray(flat, np.float64)
+        broken = values.size - int(np.count_nonzero(np.isfinite(values)))
+        raise DataError(
+            f"found {broken} NaN or infinite values among {values.size}; expected finite numbers: "
+            "check the calibration data and the model's float output on it"
+        )
+    return low, high
+
+
+def _merge_bins(counts: NDArray[np.int64], doublings: int) -> NDArray[np.int64]:
+    """The counts in bins of `2**doublings` times the width, around the same zero."""
+    group = 1 << min(doublings, _BITS)  # after that, only the two bins beside zero are left
+    if group == 1:
+        return counts.copy()
+    merged = np.zeros_like(counts)
+    half = BINS // group
+    merged[BINS - half : BINS + half] = counts.reshape(-1, group).sum(axis=1)
+    return merged

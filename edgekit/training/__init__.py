@@ -1,0 +1,1 @@
+"""The train-side steps, and the only room that imports torch."""

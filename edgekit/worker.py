@@ -1,0 +1,389 @@
+"""Runs an artifact in a child process of its own, because runtimes crash and their threads disturb each other.
+
+`Worker` is the parent's side; `python -m edgekit.worker` is the child's. They talk through the child's stdin and stdout.
+A message is one line of JSON, followed by the bytes of the arrays that the line lists.
+"""
+
+from __future__ import annotations
+
+import builtins
+import gc
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit import errors
+from edgekit.backend import Artifact, CompiledModel, Feeds, KernelRecord, Outputs, get_backend
+from edgekit.errors import BackendError, DataError, EdgekitError
+from edgekit.target import Target
+
+Header = dict[str, Any]
+Message = tuple[Header, Outputs]
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+GRACE_S = 5.0
+"""How long a child may take to end by itself (s) before it is killed."""
+LAST_WORDS = 1000
+"""How much of a dead child's stderr is shown (characters)."""
+
+
+class Worker:
+    """An artifact, loaded by its runtime in a child process; a context manager.
+
+    Attributes:
+        pid: of the child.
+        load_ms: how long the runtime took to load the artifact (ms), without Python's imports.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        target: Target,
+        *,
+        exact: bool = False,
+        threads: int | None = None,
+        timeout_s: float = 300.0,
+    ) -> None:
+        """Start the child and load `artifact`.
+
+        Args:
+            artifact: what to load.
+            target: its `backend` is the runtime to load it with.
+            exact: run float parts in f32, for parity checks.
+            threads: overrides `target.runtime.threads`; the child is pinned to as many CPUs.
+            timeout_s: the longest that one call may take (s), here and in the methods.
+
+        Raises:
+            BackendError: the runtime is missing, refused the artifact, died or took too long.
+        """
+        if threads is not None:
+            target = target.model_copy(update={"runtime": target.runtime.model_copy(update={"threads": threads})})
+        self._subject = f"{artifact.path.name} (backend {target.backend!r})"
+        self._timeout_s = timeout_s
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115, because close() closes it
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-u", "-m", "edgekit.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            env=os.environ | dict.fromkeys(THREAD_VARIABLES, str(target.runtime.threads)),
+        )
+        self.pid = self._process.pid
+        request = {
+            "do": "load",
+            "path": str(artifact.path),
+            "files": [str(file) for file in artifact.files],
+            "precision": artifact.precision,
+            "target": target.model_dump_json(),
+            "exact": exact,
+            "sys_path": [str(entry) for entry in sys.path],
+        }
+        try:
+            self.load_ms = float(self._ask(request)[0]["load_ms"])
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def run(self, feeds: Feeds) -> Outputs:
+        """Run one inference: arrays by input name in, arrays by output name out.
+
+        Raises:
+            BackendError: the runtime refused `feeds`, died or took too long.
+            DataError: an array holds neither numbers nor booleans.
+        """
+        return self._ask({"do": "run"}, feeds)[1]
+
+    def kernels(self, feeds: Feeds) -> list[KernelRecord]:
+        """The kernels that run for `feeds`, in order. Raises as `run` does."""
+        records = self._ask({"do": "kernels"}, feeds)[0]["kernels"]
+        return [KernelRecord(tuple(record["layers"]), record["kernel"], record["precision"]) for record in records]
+
+    def time(self, feeds: Feeds, *, seconds: float | None, iterations: int | None, warmup: int) -> list[int]:
+        """How long each inference of one burst took (ns), after `warmup` inferences that do not count.
+
+        The burst ends after `iterations` or `seconds`, whichever comes first, and has one inference at least.
+        `seconds` are granted on top of the worker's time limit. Raises as `run` does.
+        """
+        assert seconds is not None or iterations is not None, "a burst needs an end"
+        request = {"do": "time", "seconds": seconds, "iterations": iterations, "warmup": warmup}
+        durations = self._ask(request, feeds, extra_s=seconds or 0.0)[1]["durations"]
+        return [int(duration) for duration in durations]
+
+    def peak_rss_bytes(self) -> int:
+        """The most memory that the child has held so far (bytes); 0 where the system does not say."""
+        return int(self._ask({"do": "peak_rss"})[0]["bytes"])
+
+    def close(self) -> None:
+        """End the child; safe to call twice."""
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None
+            with suppress(BrokenPipeError):  # the rest of a request that the child did not live to read
+                stream.close()
+        self._reap()
+        self._stderr.close()
+
+    def _ask(self, request: Header, arrays: Feeds | None = None, *, extra_s: float = 0.0) -> Message:
+        """Send `request` and wait for the answer, turning every way to fail into an `EdgekitError`."""
+        message = encode(request, arrays or {})
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None and stdout is not None
+        if stdin.closed:
+            raise BackendError(
+                f"{self._subject}: its worker has ended, so it cannot do {request['do']!r}; start a new Worker"
+            )
+        limit_s = self._timeout_s + extra_s
+        expired = threading.Event()
+
+        def expire() -> None:
+            expired.set()
+            self._process.kill()  # ends the blocking write or read below
+
+        watchdog = threading.Timer(limit_s, expire)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            stdin.write(message)
+            stdin.flush()
+            answer = decode(stdout)
+        except BrokenPipeError:
+            answer = None
+        finally:
+            watchdog.cancel()
+            watchdog.join()
+        if expired.is_set() or answer is None:
+            doing = str(request["do"])
+            error = self._timeout(doing, limit_s) if expired.is_set() else self._death(doing)
+            self.close()
+            raise error
+        if "error" in answer[0]:
+            raise getattr(errors, answer[0]["error"])(answer[0]["text"])
+        if "failure" in answer[0]:
+            raise BackendError(f"{self._subject}: the runtime failed during {request['do']!r}: {answer[0]['failure']}")
+        return answer
+
+    def _reap(self) -> None:
+        """Wait until the child has ended; kill it when that takes too long."""
+        try:
+            self._process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _timeout(self, doing: str, limit_s: float) -> BackendError:
+        self._reap()
+        return BackendError(
+            f"{self._subject}: the runtime did not finish {doing!r} within {limit_s:g} s and was stopped"
+            f"{self._last_words()}; allow it more time, or try another version of the runtime"
+        )
+
+    def _death(self, doing: str) -> BackendError:
+        self._reap()
+        code = self._process.returncode
+        how = f"exited with code {code}" if code >= 0 else f"died of {_signal_name(-code)}"
+        advice = "try another version of the runtime"
+        if code == -signal.SIGKILL:
+            advice = "the system kills processes when memory runs out: try a smaller batch"
+        return BackendError(f"{self._subject}: the runtime {how} during {doing!r}{self._last_words()}; {advice}")
+
+    def _last_words(self) -> str:
+        """The end of the dead child's stderr, as part of a sentence."""
+        size = self._stderr.seek(0, os.SEEK_END)
+        self._stderr.seek(max(0, size - LAST_WORDS))
+        text = self._stderr.read().decode(errors="replace").strip()
+        return f"; its last words: {text}" if text else ""
+
+
+def _signal_name(number: int) -> str:
+    return next((known.name for known in signal.Signals if known == number), f"signal {number}")
+
+
+def encode(header: Header, arrays: Feeds) -> bytes:
+    """A message as bytes.
+
+    Raises:
+        DataError: an array holds neither numbers nor booleans.
+    """
+    for name, array in arrays.items():
+        if array.dtype.kind in "OUSMm":
+            raise DataError(f"tensor {name!r} has the type {array.dtype}; runtimes here take numbers and booleans only")
+    native = {name: array.astype(array.dtype.newbyteorder("="), copy=False) for name, array in arrays.items()}
+    listing = [[name, array.dtype.name, array.shape] for name, array in native.items()]
+    line = json.dumps({**header, "arrays": listing}).encode() + b"\n"
+    return b"".join([line, *(array.tobytes() for array in native.values())])
+
+
+def decode(stream: IO[bytes]) -> Message | None:
+    """The next message of `stream`, or None where it ends, be it in the middle of a message."""
+    line = stream.readline()
+    if not line.endswith(b"\n"):
+        return None
+    header = json.loads(line)
+    arrays: Outputs = {}
+    for name, type_name, shape in header.pop("arrays"):
+        dtype = np.dtype(type_name)
+        size = math.prod(shape) * dtype.itemsize
+        data = stream.read(size)
+        if len(data) < size:
+            return None
+        arrays[name] = np.ndarray(shape, dtype, buffer=bytearray(data))
+    return header, arrays
+
+
+def main() -> None:
+    """The child: answer requests until stdin ends; the first of them loads the artifact."""
+    requests, replies = _take_pipes()
+    model: CompiledModel | None = None
+    while (request := decode(requests)) is not None:
+        header, feeds = request
+        try:
+            if header["do"] == "load":
+                model, load_ms = _load(header)
+                reply = encode({"load_ms": load_ms}, {})
+            else:
+                assert model is not None, "the first request loads"
+                reply = encode(*_answer(model, header, feeds))
+        except EdgekitError as error:
+            kind = next(base.__name__ for base in type(error).__mro__ if base.__module__ == errors.__name__)
+            reply = encode({"error": kind, "text": str(error)}, {})
+        except Exception as error:  # the process boundary: a runtime may raise anything, and it has to reach the parent
+            reply = encode({"failure": f"{type(error).__name__}: {error}"}, {})
+        replies.write(reply)
+        replies.flush()
+
+
+def _take_pipes() -> tuple[IO[bytes], IO[bytes]]:
+    """The pipes to the parent, out of reach of a runtime that prints to stdout or reads stdin."""
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    return requests, replies
+
+
+def _load(header: Header) -> tuple[CompiledModel, float]:
+    sys.path[:] = header["sys_path"]
+    target = Target.model_validate_json(header["target"])
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cpus_for(target.runtime.threads))
+    artifact = Artifact(Path(header["path"]), tuple(Path(file) for file in header["files"]), header["precision"])
+    backend = get_backend(target.backend)
+    with _import_clock() as import_ns:
+        start = time.perf_counter_ns()
+        model = backend.load(artifact, target, exact=header["exact"])
+        load_ns = time.perf_counter_ns() - start - import_ns()
+    return model, load_ns / 1e6
+
+
+@contextmanager
+def _import_clock() -> Iterator[Callable[[], int]]:
+    """Sums up the time that import statements take (ns): backends import their runtimes when they first need them."""
+    plain = builtins.__import__
+    spent, depth = 0, 0
+
+    def timed(
+        name: str,
+        globals: Mapping[str, object] | None = None,
+        locals: Mapping[str, object] | None = None,
+        fromlist: Sequence[str] | None = (),
+        level: int = 0,
+    ) -> ModuleType:
+        nonlocal spent, depth
+        start = time.perf_counter_ns()
+        depth += 1
+        try:
+            return plain(name, globals, locals, fromlist, level)
+        finally:
+            depth -= 1
+            if depth == 0:  # the outermost import holds those inside it
+                spent += time.perf_counter_ns() - start
+
+    builtins.__import__ = timed
+    try:
+        yield lambda: spent
+    finally:
+        builtins.__import__ = plain
+
+
+def _answer(model: CompiledModel, header: Header, feeds: Feeds) -> Message:
+    match header["do"]:
+        case "run":
+            return {}, model.run(feeds)
+        case "kernels":
+            return {"kernels": [asdict(record) for record in model.kernels(feeds)]}, {}
+        case "time":
+            infer = model.prepare(feeds)
+            for _ in range(header["warmup"]):
+                infer()
+            return {}, {"durations": _burst(infer, header["seconds"], header["iterations"])}
+        case "peak_rss":
+            return {"bytes": _peak_rss_bytes()}, {}
+        case unknown:
+            raise AssertionError(f"unknown request {unknown!r}")
+
+
+def _burst(infer: Callable[[], None], seconds: float | None, iterations: int | None) -> NDArray[np.int64]:
+    clock = time.perf_counter_ns
+    durations: list[int] = []
+    gc.collect()
+    gc.disable()
+    try:
+        deadline = math.inf if seconds is None else clock() + seconds * 1e9
+        while iterations is None or len(durations) < iterations:
+            start = clock()
+            infer()
+            end = clock()
+            durations.append(end - start)
+            if end >= deadline:
+                break
+    finally:
+        gc.enable()
+    return np.array(durations, np.int64)
+
+
+def cpus_for(threads: int) -> set[int]:
+    """`threads` of the CPUs that this process may use: one per core first, the strongest cores first."""
+
+    def rank(cpu: int) -> tuple[int, int, int]:
+        folder = Path(f"/sys/devices/system/cpu/cpu{cpu}")
+        siblings = folder / "topology/thread_siblings_list"
+        first = int(siblings.read_text().replace("-", ",").split(",")[0]) if siblings.is_file() else cpu
+        capacity = folder / "cpu_capacity"
+        return cpu != first, -int(capacity.read_text()) if capacity.is_file() else 0, cpu
+
+    return set(sorted(os.sched_getaffinity(0), key=rank)[:threads])
+
+
+def _peak_rss_bytes() -> int:
+    """The high-water mark of this program's own memory; getrusage's survives exec, and so holds the parent's too."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if "VmHWM" in line), 0)
+
+
+if __name__ == "__main__":
+    main()
