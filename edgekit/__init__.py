@@ -1,5 +1,24 @@
-"""edgekit: compress a model once, ship it to every runtime, prove what was claimed."""
+"""edgekit: compress a model once, ship it to every runtime, prove what was claimed.
+
+The three calls are `edgekit.compress`, `edgekit.export` and `edgekit.benchmark`; each is imported when it is first used.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 __version__ = "0.1.0"
+__all__ = ["benchmark", "compress", "export"]
+
+if TYPE_CHECKING:
+    from edgekit.pipelines.benchmark import benchmark
+    from edgekit.pipelines.compress import compress
+    from edgekit.pipelines.export import export
+
+
+def __getattr__(name: str) -> object:
+    if name in __all__:
+        from importlib import import_module
+
+        return getattr(import_module(f"edgekit.pipelines.{name}"), name)
+    raise AttributeError(f"module 'edgekit' has no attribute {name!r}")

@@ -131,6 +131,10 @@ class Backend(Protocol):
         """Load an artifact. `exact` asks for float parts in f32, for parity checks, instead of the runtime's default."""
         ...
 
+    def planned_kernels(self, artifact: Artifact) -> Sequence[KernelRecord]:
+        """The kernels that the builder chose, where they are known without running the artifact; else empty."""
+        ...
+
 
 def backend_names() -> list[str]:
     """The names of all installed backends, sorted."""

@@ -27,10 +27,11 @@ class Device(Table):
 
 
 class Graph(Table):
-    """The ONNX graph to write: its default format, the formats the runtime takes, its opset."""
+    """The ONNX graph to write: its default format, the formats the runtime takes (and why no others), its opset."""
 
     format: Format = "qdq"
     formats: tuple[Format, ...] = ("qdq",)
+    formats_reason: str = ""
     opset: Annotated[int, Field(ge=13, le=25)] = 21
 
 

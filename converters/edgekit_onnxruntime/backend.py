@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import onnx_ir as ir
 
-from edgekit.backend import Artifact, Availability, CompiledModel
+from edgekit.backend import Artifact, Availability, CompiledModel, KernelRecord
 from edgekit.errors import BackendError
 from edgekit.lowering.qdq import lower_qdq
 from edgekit.target import Target
@@ -59,6 +60,10 @@ class OnnxRuntimeBackend:
     def float_precisions(self, target: Target) -> tuple[str, ...]:
         """Float32 with all of ONNX Runtime's fusions, and on ARM its bfloat16 fast path too."""
         return ("f32", "bf16") if target.device.arch == "aarch64" else ("f32",)
+
+    def planned_kernels(self, artifact: Artifact) -> Sequence[KernelRecord]:
+        """None: what runs is known when it has run."""
+        return ()
 
     def load(self, artifact: Artifact, target: Target, *, exact: bool) -> CompiledModel:
         """Load an artifact into a session of the target's threads and options."""

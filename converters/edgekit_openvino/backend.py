@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import onnx_ir as ir
 
-from edgekit.backend import Artifact, Availability, CompiledModel
+from edgekit.backend import Artifact, Availability, CompiledModel, KernelRecord
 from edgekit.errors import BackendError
 from edgekit.graph.annotations import DTYPES
 from edgekit.lowering.qdq import lower_qdq
@@ -81,6 +82,10 @@ class OpenVinoBackend:
         from edgekit_openvino.compiled import has_bfloat16
 
         return ("f32", "bf16") if has_bfloat16() else ("f32",)
+
+    def planned_kernels(self, artifact: Artifact) -> Sequence[KernelRecord]:
+        """None: what runs is known when it has run."""
+        return ()
 
     def load(self, artifact: Artifact, target: Target, *, exact: bool) -> CompiledModel:
         """Compile an IR file for the CPU; float parts in f32 when `exact`, or when f32 is the artifact's precision."""

@@ -12,7 +12,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edgekit.errors import GraphError
-from edgekit.graph.io import EXTERNAL_DATA_LIMIT, save_onnx
+from edgekit.graph.io import fits_protobuf, save_onnx, self_contained
 
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -34,9 +34,8 @@ class Session:
         options.log_severity_level = 4
         # Spinning threads slow whatever works on the results between two runs.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
         try:
-            self._session = ort.InferenceSession(self._source(model), options, providers=["CPUExecutionProvider"])
+            self._session = _open(model, options)
         except _ORT_ERRORS as error:
             raise GraphError(f"ONNX Runtime cannot load the model: {first_line(error)}") from error
         self.input_names: list[str] = [i.name for i in self._session.get_inputs()]
@@ -55,17 +54,17 @@ class Session:
             raise GraphError(f"ONNX Runtime cannot run the model: {first_line(error)}") from error
         return dict(zip(names, results, strict=True))
 
-    def _source(self, model: ir.Model | Path) -> str | bytes:
-        if isinstance(model, Path):
-            return str(model)
-        size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-        if size <= EXTERNAL_DATA_LIMIT:
-            serialized: bytes = ir.to_proto(model).SerializeToString()
-            return serialized
-        self._folder = tempfile.TemporaryDirectory(prefix="edgekit-")
-        path = Path(self._folder.name) / "model.onnx"
+
+def _open(model: ir.Model | Path, options: ort.SessionOptions) -> ort.InferenceSession:
+    providers = ["CPUExecutionProvider"]
+    if isinstance(model, Path):
+        return ort.InferenceSession(str(model), options, providers=providers)
+    if fits_protobuf(model):
+        return ort.InferenceSession(ir.to_proto(self_contained(model)).SerializeToString(), options, providers=providers)
+    with tempfile.TemporaryDirectory(prefix="edgekit-", ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / "model.onnx"
         save_onnx(model, path)
-        return str(path)
+        return ort.InferenceSession(str(path), options, providers=providers)
 
 
 _STATE = ort.capi.onnxruntime_pybind11_state

@@ -3,32 +3,79 @@
 from __future__ import annotations
 
 import onnx_ir as ir
-import onnx_ir.passes.common as common
+from onnx_ir.passes import common
 from onnxscript import optimizer
 
-_FOLDED_BYTES = 1 << 20  # a constant that folding makes is worth its bytes up to here
+from edgekit.graph.operators import is_constant
+
+_GROWTH = 1 << 20  # elements that a constant may have more than those that it replaces: Expand and Tile stay nodes
+_NEVER_FOLDED = ("ConstantOfShape", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
 
 
 def simplify(model: ir.Model) -> ir.Model:
-    """Constants as initializers, shape arithmetic folded, no Identity, no dead node, shapes inferred, every node named.
+    """Constants as initializers, shape arithmetic folded, no Identity or Dropout, no dead node, shapes, names for nodes.
 
-    Initializers that IR version 3 lists among the inputs as well become plain initializers: their values are constants of the
-    model, not something a caller passes.
+    Initializers that IR version 3 lists among the inputs as well become plain initializers: their values are constants of
+    the model, not something a caller passes. Model-local functions are inlined. What computes a weight from constants
+    (transposition, weight normalization) is computed here, whatever its size.
     """
     model = model.clone()
     model.ir_version = max(model.ir_version or 0, 10)
+    common.InlinePass()(model)
     common.RemoveInitializersFromInputsPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    common.ShapeInferencePass()(model)
-    optimizer.fold_constants(model, onnx_shape_inference=False, output_size_limit=_FOLDED_BYTES)
-    common.IdentityEliminationPass()(model)
+    _remove_identities(model.graph)
+    _infer_shapes(model)
+    optimizer.fold_constants(model, onnx_shape_inference=False, output_size_limit=_GROWTH, should_fold=_should_fold)
+    _remove_identities(model.graph)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.RemoveUnusedNodesPass()(model)
-    common.RemoveUnusedFunctionsPass()(model)
-    common.ShapeInferencePass()(model)
+    _infer_shapes(model)
     common.TopologicalSortPass()(model)
     _name_nodes(model.graph)
     return model
+
+
+def _infer_shapes(model: ir.Model) -> None:
+    # Not strict: where one node cannot be understood, the shapes of all others are still wanted.
+    common.ShapeInferencePass(strict_mode=False)(model)
+
+
+def _should_fold(node: ir.Node) -> bool | None:
+    """Asked of nodes that read constants only: None leaves it to the optimizer, which folds small ones."""
+    if len(node.outputs) != 1:
+        return False  # the optimizer cannot, and would warn
+    return None if node.op_type in _NEVER_FOLDED else True
+
+
+def _remove_identities(graph: ir.Graph) -> None:
+    """Take out Identity and inference-mode Dropout; a graph output's name goes to what it was computed from."""
+    for node in list(graph):
+        if not _is_identity(node):
+            continue
+        source, output = node.inputs[0], node.outputs[0]
+        assert source is not None
+        if output.is_graph_output():
+            if source.producer() is None or source.is_graph_output():
+                continue  # inputs, initializers and other outputs keep their own names
+            name, output.name = output.name, None
+            source.name = name
+        source.shape, source.type = source.shape or output.shape, source.type or output.type
+        output.replace_all_uses_with(source, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+
+
+def _is_identity(node: ir.Node) -> bool:
+    if node.domain or not node.inputs or node.inputs[0] is None:
+        return False
+    if node.op_type != "Dropout":
+        return node.op_type == "Identity"
+    if any(mask.uses() or mask.is_graph_output() for mask in node.outputs[1:]):
+        return False
+    training = node.inputs[2] if len(node.inputs) > 2 else None
+    if training is None:
+        return True
+    return is_constant(training) and training.const_value is not None and not training.const_value.numpy().any()
 
 
 def _name_nodes(graph: ir.Graph) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx import version_converter
+from onnx_ir.passes import common
 
 from edgekit.errors import GraphError, SourceError
+from edgekit.graph.io import self_contained
 
 OLDEST = 7
 _BIG = 1024  # bytes; larger initializers stay out of the protobuf that the converter (C++, 2 GiB) is handed
@@ -16,8 +17,12 @@ _BIG = 1024  # bytes; larger initializers stay out of the protobuf that the conv
 def upgrade_opset(model: ir.Model, *, opset: int) -> ir.Model:
     """`model` at `opset` or later, converted by ONNX's own version converter.
 
-    The caller proves the result equal to the source by running both; one conversion is known to be wrong and is mended here:
-    linear Upsample and Resize of opset 10 and older sample with "asymmetric" coordinates, which the converter drops.
+    1. Model-local functions are inlined: the converter drops them.
+    2. Big weights do not pass through the converter, and nodes get back the metadata that it drops.
+    3. Linear Upsample and Resize of opset 10 and older sample with "asymmetric" coordinates, which it forgets.
+
+    The caller proves the result equal to the source by running both (`graph.equal.prove_equal`): other conversions
+    are wrong too (Hardmax of opset 12 and older), and nobody has a list.
 
     Raises:
         SourceError: the source is older than opset 7.
@@ -26,22 +31,29 @@ def upgrade_opset(model: ir.Model, *, opset: int) -> ir.Model:
     found = model.opset_imports.get("", opset)
     if found < OLDEST:
         raise SourceError(f"the model has opset {found}; {OLDEST} is the oldest that ONNX can upgrade: export it again")
-    if found >= opset:
-        return model.clone()
     model = model.clone()
-    tensors = _take_out_big_tensors(model.graph)
+    if found >= opset:
+        return model
+    common.InlinePass()(model)
+    metadata = {node.outputs[0].name: dict(node.metadata_props) for node in model.graph if node.outputs}
     resampled = {node.outputs[0].name for node in model.graph if found <= 10 and node.op_type in ("Upsample", "Resize")}
-    proto = ir.to_proto(model)
+    tensors = _take_out_big_tensors(model.graph)
+    proto = ir.to_proto(self_contained(model))
     proto.ir_version = max(proto.ir_version, 8)
     try:
-        converted = version_converter.convert_version(proto, opset)
+        upgraded = ir.from_proto(version_converter.convert_version(proto, opset))
     except (RuntimeError, onnx.checker.ValidationError) as error:
-        raise GraphError(f"the model cannot be upgraded from opset {found} to {opset}: {error}; export it with a newer opset") from error
-    upgraded = ir.from_proto(converted)
+        raise GraphError(
+            f"the model cannot be upgraded from opset {found} to {opset}: {error}; export it with a newer opset"
+        ) from error
     _put_back(upgraded.graph, tensors)
     for node in upgraded.graph:
-        if node.outputs[0].name in resampled and node.op_type == "Resize":
-            node.attributes["coordinate_transformation_mode"] = ir.AttrString("coordinate_transformation_mode", "asymmetric")
+        name = node.outputs[0].name if node.outputs else None
+        node.metadata_props.update(metadata.get(name, {}))
+        if node.op_type == "Resize" and name in resampled:
+            node.attributes["coordinate_transformation_mode"] = ir.AttrString(
+                "coordinate_transformation_mode", "asymmetric"
+            )
             node.attributes["nearest_mode"] = ir.AttrString("nearest_mode", "floor")
     return upgraded
 
@@ -51,10 +63,10 @@ def _take_out_big_tensors(graph: ir.Graph) -> dict[str, ir.TensorProtocol]:
     tensors = {}
     for name, value in list(graph.initializers.items()):
         tensor = value.const_value
-        if tensor is None or tensor.nbytes <= _BIG or np.prod(tensor.shape) == 1:
+        if tensor is None or tensor.nbytes <= _BIG:
             continue
         tensors[name] = tensor
-        value.shape, value.dtype = ir.Shape(tensor.shape), tensor.dtype
+        value.shape, value.dtype = ir.Shape(tensor.shape.numpy()), tensor.dtype
         del graph.initializers[name]
         value.const_value = None
         if value not in graph.inputs:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -125,6 +125,10 @@ class NumpyBackend:
     def float_precisions(self, target: Target) -> tuple[str, ...]:
         """Only f32."""
         return ("f32",)
+
+    def planned_kernels(self, artifact: Artifact) -> Sequence[KernelRecord]:
+        """None: what runs is known when it has run."""
+        return ()
 
     def load(self, artifact: Artifact, target: Target, *, exact: bool) -> CompiledModel:
         """Read the file."""

@@ -1,0 +1,247 @@
+"""The command line: parses arguments, calls a pipeline, prints what it returns. Nothing else.
+
+Pipelines are imported inside the commands, so that `--help` needs neither torch nor onnx.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgekit import __version__
+from edgekit.errors import EdgekitError
+
+if TYPE_CHECKING:
+    from edgekit.pipelines.compress import CompressResult
+
+EXIT_CODES = """
+\b
+Exit codes:
+  0  done                         6  the model cannot be annotated or lowered as asked
+  2  wrong arguments              7  a runtime is missing, or refused the artifact
+  3  the source cannot be used    8  the output folder cannot be used
+  4  the data cannot be used      9  a goal was not met (--fail-on-slower)
+  5  wrong target or recipe       1  a bug in edgekit
+"""
+
+
+class _Command(click.Command):
+    """A command whose `EdgekitError`s end in one line on stderr and their own exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EdgekitError as error:
+            click.echo(f"edgekit: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("edgekit: interrupted; nothing was changed", err=True)
+            ctx.exit(130)
+
+
+@click.group(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="edgekit")
+def main() -> None:
+    """Compress a model once; ship it, proven and measured, to TensorRT, OpenVINO and ONNX Runtime."""
+
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, for machines.")
+_folder = click.argument("folder", metavar="OUT", type=click.Path(path_type=Path))
+
+
+@main.command(cls=_Command)
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Folder for the result.")
+@click.option(
+    "--model", metavar="FILE.py:FACTORY", help="What makes the nn.Module of a checkpoint; or package.module:factory."
+)
+@click.option(
+    "--calibration", metavar="PATH|MODULE:FUNCTION", help=".npz, .npy, a folder or zip of images, or a function."
+)
+@click.option("--samples", type=int, help="How many samples calibrate.  [default: 512]")
+@click.option("--target", help="Compress for one target instead of all.")
+@click.option("--portable", is_flag=True, help="Compress for all targets (the default).")
+@click.option("--calibrator", help="How ranges are chosen: minmax, percentile or kld.  [default: kld]")
+@click.option("--evaluate", metavar="MODULE:FUNCTION|PATH", help="The metric, or labelled data for top-1.")
+@click.option("--recipe", type=click.Path(path_type=Path), help="A TOML file with these options and [data.preprocess].")
+@click.option("--trust-checkpoint", is_flag=True, default=None, help="Open checkpoints that run pickled code.")
+@_json
+def compress(
+    source: Path,
+    out: Path,
+    recipe: Path | None,
+    target: str | None,
+    portable: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Quantize SOURCE (.pt, .pth, .th, .safetensors, .pt2 or .onnx) after training, for every target."""
+    from edgekit.console import progress_bars
+    from edgekit.pipelines.compress import compress as run
+    from edgekit.pipelines.recipe import Recipe, load_recipe
+    from edgekit.target import PORTABLE
+
+    if portable and target:
+        raise click.UsageError("--portable and --target exclude each other: give one")
+    file = load_recipe(recipe) if recipe else Recipe()
+    options = file.compress.model_dump(exclude_none=True)
+    options |= {name: value for name, value in given.items() if value is not None}
+    options |= {"target": PORTABLE} if portable else {"target": target} if target else {}
+    if "calibration" not in options:
+        raise click.UsageError("Missing option '--calibration': samples of what the model sees in use.")
+    with progress_bars(quiet=as_json) as on_progress:
+        result = run(source, out, preprocess=file.data.preprocess, on_progress=on_progress, **options)
+    if as_json:
+        _print_json(result.record)
+    else:
+        _print_compressed(result)
+
+
+@main.command(cls=_Command)
+@_folder
+@click.option(
+    "--target", "targets", multiple=True, required=True, metavar="NAME|FILE.toml", help="May be given several times."
+)
+@click.option(
+    "--format", type=click.Choice(["qdq", "qoperator", "integer"]), help="Of the graph.  [default: the target's]"
+)
+@click.option("--evaluate", metavar="MODULE:FUNCTION|PATH", help="The metric.  [default: the one of compress]")
+@_json
+def export(folder: Path, targets: tuple[str, ...], format: Any, evaluate: str | None, as_json: bool) -> None:
+    """Lower the model in OUT for each target, build its artifact, and verify it on its runtime."""
+    from edgekit.console import progress_bars
+    from edgekit.pipelines.export import export as run
+
+    with progress_bars(quiet=as_json) as on_progress:
+        results = run(folder, targets, format=format, evaluate=evaluate, on_progress=on_progress)
+    if as_json:
+        _print_json([result.manifest for result in results])
+        return
+    for result in results:
+        click.echo(f"{result.folder}: {result.manifest.artifact}, {result.manifest.artifact_bytes:,} bytes")
+        for note in result.manifest.notes:
+            click.echo(f"  note: {note}")
+    _print_summary(folder)
+
+
+@main.command(cls=_Command)
+@_folder
+@click.option(
+    "--target", "targets", multiple=True, metavar="NAME|FILE.toml", help="May be given several times.  [default: all]"
+)
+@click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Samples of one inference.")
+@click.option("--iterations", type=click.IntRange(1), help="Inferences of one burst.  [default: by time]")
+@click.option("--fail-on-slower", is_flag=True, help="Exit with 9 when an artifact is slower than float32.")
+@_json
+def benchmark(
+    folder: Path, targets: tuple[str, ...], batch_size: int, iterations: int | None, fail_on_slower: bool, as_json: bool
+) -> None:
+    """Measure the exports in OUT against float on the same runtime."""
+    from edgekit.console import progress_bars
+    from edgekit.pipelines.benchmark import benchmark as run
+
+    with progress_bars(quiet=as_json) as on_progress:
+        found = run(
+            folder,
+            targets,
+            batch_size=batch_size,
+            iterations=iterations,
+            fail_on_slower=fail_on_slower,
+            on_progress=on_progress,
+        )
+    if as_json:
+        _print_json(found)
+        return
+    _print_summary(folder)
+    for record in found.targets:
+        if record.reason:
+            click.echo(f"{record.target}: not timed: {record.reason}; {record.remedy}")
+        for note in record.notes:
+            click.echo(f"{record.target}: {note}")
+
+
+@main.command(cls=_Command)
+@click.argument("path", metavar="OUT|FILE.onnx", type=click.Path(path_type=Path))
+@_json
+def inspect(path: Path, as_json: bool) -> None:
+    """Show the layers of a model, their cost, and which tensors carry which quant attributes."""
+    from edgekit.pipelines.inspect import inspect as run
+
+    found = run(path)
+    if as_json:
+        _print_json(found)
+        return
+    from edgekit.console import print_inspected
+
+    print_inspected(found)
+
+
+@main.command(cls=_Command)
+@_json
+def targets(as_json: bool) -> None:
+    """List the targets, and what this machine can do for each."""
+    from edgekit.pipelines.targets import list_targets
+
+    found = list_targets()
+    if as_json:
+        _print_json(
+            [{**status.target.model_dump(mode="json"), "availability": asdict(status.availability)} for status in found]
+        )
+        return
+    from edgekit.console import print_targets
+
+    print_targets(found)
+
+
+@main.command(cls=_Command)
+@click.option(
+    "-o", "--output", "out", default="demo-output", show_default=True, type=click.Path(path_type=Path), help="Folder."
+)
+def demo(out: Path) -> None:
+    """Train a small network on handwritten digits, then compress, export and benchmark it."""
+    from edgekit.demo import run_demo
+
+    def run_step(arguments: list[str]) -> None:
+        click.secho(f"\n$ edgekit {' '.join(arguments)}", bold=True)
+        command: Callable[..., Any] = main.main
+        command(arguments, prog_name="edgekit", standalone_mode=False)
+
+    run_demo(out, run_step, click.echo)
+
+
+def _print_json(found: Any) -> None:
+    def plain(value: Any) -> Any:
+        if hasattr(value, "model_dump"):
+            return value.model_dump(mode="json")
+        if is_dataclass(value) and not isinstance(value, type):
+            return asdict(value)
+        return str(value)
+
+    json.dump(found, sys.stdout, indent=2, default=plain)
+    click.echo()
+
+
+def _print_compressed(result: CompressResult) -> None:
+    record = result.record
+    click.echo(
+        f"{result.model}: {record.source.name} for {record.target!r}, {record.calibrator} ranges of {record.samples} samples"
+    )
+    if record.float_metric and record.simulated_metric:
+        name, before, after = record.float_metric.name, record.float_metric.value, record.simulated_metric.value
+        click.echo(f"  {name}: {before:.4f} in float, {after:.4f} in simulated int8")
+    for note in record.notes:
+        click.echo(f"  note: {note}")
+
+
+def _print_summary(folder: Path) -> None:
+    from edgekit.console import print_rows
+    from edgekit.report import REPORT_MD, summary
+
+    print_rows(summary(folder))
+    click.echo(f"report: {folder / REPORT_MD}")

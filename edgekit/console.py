@@ -1,0 +1,113 @@
+"""What the command line shows on a terminal: progress bars and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from edgekit.pipelines.inspect import InspectResult
+from edgekit.pipelines.targets import TargetStatus
+from edgekit.progress import Progress, silent
+from edgekit.report import COLUMNS, Row
+
+_WIDTH_WITHOUT_TERMINAL = 160
+
+
+@contextmanager
+def progress_bars(*, quiet: bool) -> Iterator[Progress]:
+    """A bar a step, on stderr; nothing when that is no terminal or `quiet`."""
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield silent
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=console, transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def show(step: str, done: int, total: int | None) -> None:
+            if step not in tasks:
+                for task in tasks.values():
+                    bars.update(task, visible=False)
+                tasks[step] = bars.add_task(step, total=total)
+            bars.update(tasks[step], completed=done, total=total)
+
+        yield show
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """The summary table."""
+    _print(COLUMNS, [row.cells() for row in rows])
+
+
+def print_targets(found: Sequence[TargetStatus]) -> None:
+    """The targets, and what is missing for each."""
+    rows = []
+    for status in found:
+        available = status.availability
+        state = "ready" if available.can_run else "builds and checks" if available.can_check else "builds"
+        state = state if available.can_convert else "missing"
+        missing = f"{available.reason}; {available.remedy}" if available.reason else ""
+        rows.append((status.target.name, status.target.summary, available.version or "not installed", state, missing))
+    _print(("target", "for", "runtime", "here", "what is missing"), rows)
+
+
+def print_inspected(found: InspectResult) -> None:
+    """Layers and annotated tensors."""
+    _print(
+        ("layer", "operator", "input", "output", "MACs", "parameters"),
+        [
+            (la.name, la.op_type, _shape(la.input_shape), _shape(la.output_shape), f"{la.macs:,}", f"{la.parameters:,}")
+            for la in found.layers
+        ],
+    )
+    print(f"opset {found.opset}, {found.nodes} nodes, {found.macs:,} MACs, {found.parameters:,} parameters")
+    if not found.tensors:
+        print("no tensor carries quant attributes")
+        return
+    _print(
+        ("tensor", "kind", "shape", "type", "scale", "zero point", "axis", "range from"),
+        [
+            (
+                t.name,
+                t.kind,
+                _shape(t.shape),
+                t.dtype,
+                _span(*t.scale, "{:.6g}"),
+                _span(*t.zero_point, "{}"),
+                "" if t.axis is None else str(t.axis),
+                f"{t.observer}{' (fixed)' if t.fixed else ''}",
+            )
+            for t in found.tensors
+        ],
+    )
+
+
+def _span(low: float, high: float, form: str) -> str:
+    return form.format(low) if low == high else f"{form.format(low)} to {form.format(high)}"
+
+
+def _shape(shape: tuple[int | None, ...] | None) -> str:
+    return "?" if shape is None else "x".join("?" if d is None else str(d) for d in shape)
+
+
+def _print(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDTH_WITHOUT_TERMINAL)
+    table = Table(show_edge=False)
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

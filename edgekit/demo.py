@@ -1,0 +1,42 @@
+"""`edgekit demo`: a checkpoint is trained, then goes the way that any user's would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+
+from edgekit.errors import BackendError
+from edgekit.output import prepare_folder, write_text
+
+TARGETS = ("x86-openvino", "x86-onnxruntime", "arm-onnxruntime", "cuda-tensorrt")
+CHECKPOINT, CALIBRATION, TEST, NETWORK = "digits.pt", "calibration.npz", "test.npz", "digits_net.py"
+
+
+def run_demo(out: Path, run_step: Callable[[list[str]], None], say: Callable[[str], None]) -> None:
+    """Train, compress, export to all targets, benchmark; each step is the command that a user would type.
+
+    Raises:
+        BackendError: scikit-learn, whose digits it trains on, is not installed.
+        OutputError: `out` holds other people's files.
+    """
+    prepare_folder(out, marker=NETWORK, what="the demo's folder")
+    try:
+        from edgekit.training.digits import train
+    except ImportError as error:
+        raise BackendError(f"the demo needs scikit-learn ({error}); pip install 'edgekit[demo]'") from error
+
+    write_text(out / NETWORK, files("edgekit.training").joinpath(NETWORK).read_text(encoding="utf-8"))
+    say("training a small CNN on scikit-learn's handwritten digits ...")
+    accuracy = train(out / CHECKPOINT, out / CALIBRATION, out / TEST)
+    say(f"{out / CHECKPOINT}: {100 * accuracy:.2f} % top-1 in float, on digits it was not trained on")
+
+    model = str(out / "compressed")
+    run_step(
+        [
+            "compress", str(out / CHECKPOINT), "--model", f"{out / NETWORK}:digits_net", "--calibration", str(out / CALIBRATION),
+            "--calibrator", "kld", "--evaluate", str(out / TEST), "-o", model,
+        ]
+    )  # fmt: skip
+    run_step(["export", model, *(word for target in TARGETS for word in ("--target", target))])
+    run_step(["benchmark", model])

@@ -1,0 +1,1 @@
+"""What the commands do: each file is a pipeline to be read from top to bottom."""

@@ -1,0 +1,176 @@
+"""`edgekit benchmark`: how fast each exported artifact is, against the same runtime's float, in one run."""
+
+from __future__ import annotations
+
+import json
+import platform
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from edgekit.backend import Artifact, get_backend
+from edgekit.errors import BackendError, GoalError, TargetError
+from edgekit.graph.io import save_onnx
+from edgekit.measure import Candidate, Comparison, measure
+from edgekit.output import write_text
+from edgekit.pipelines.stored import Stored, open_stored, samples_of_size
+from edgekit.progress import Progress, silent
+from edgekit.records import BENCHMARKS, MODEL, Benchmark, Benchmarks, Manifest, PrecisionTiming, read_manifests
+from edgekit.report import write_report
+from edgekit.target import load_target
+
+BURSTS = 7
+BURST_SECONDS = 0.25
+INT8 = "int8"
+
+
+def benchmark(
+    out: str | Path,
+    targets: Sequence[str] = (),
+    *,
+    batch_size: int = 1,
+    iterations: int | None = None,
+    fail_on_slower: bool = False,
+    on_progress: Progress = silent,
+) -> Benchmarks:
+    """Time the exports of the compressed model in `out`.
+
+    Args:
+        out: the folder that `compress` wrote, with exports in it.
+        targets: their names or files; all that were exported when empty.
+        batch_size: samples of one inference, where the model's batch is dynamic.
+        iterations: inferences of one burst; by time when None.
+        fail_on_slower: raise when an artifact is measurably slower than its runtime's fastest float.
+        on_progress: told of each step.
+
+    Raises:
+        EdgekitError: see `edgekit.errors`. A target that cannot run here is not an error: its record says why.
+    """
+    stored = open_stored(Path(out))
+    chosen = _chosen(stored, targets)
+    records = tuple(
+        _benchmark_one(stored, manifest, batch_size=batch_size, iterations=iterations, on_progress=on_progress)
+        for manifest in chosen
+    )
+    found = Benchmarks(machine=_machine(), batch_size=batch_size, targets=records)
+    write_text(stored.folder / BENCHMARKS, json.dumps(found.model_dump(mode="json"), indent=2) + "\n")
+    write_report(stored.folder)
+    if fail_on_slower:
+        _refuse_slower(found)
+    return found
+
+
+def _chosen(stored: Stored, targets: Sequence[str]) -> list[Manifest]:
+    manifests = read_manifests(stored.folder)
+    if not manifests:
+        raise TargetError(
+            f"{stored.folder}: nothing is exported yet; run `edgekit export {stored.folder} --target ...` first"
+        )
+    names = [load_target(name).name for name in targets] or list(manifests)
+    for name in names:
+        if name not in manifests:
+            raise TargetError(
+                f"{stored.folder}: target {name!r} is not exported (exported: {', '.join(manifests)}); export it first"
+            )
+    return [manifests[name] for name in names]
+
+
+def _benchmark_one(
+    stored: Stored, manifest: Manifest, *, batch_size: int, iterations: int | None, on_progress: Progress
+) -> Benchmark:
+    target = manifest.target_rules
+    if manifest.model_sha256 != stored.record.model_sha256:
+        return Benchmark(
+            target=target.name, reason="exported from an earlier compression", remedy="run `edgekit export` again"
+        )
+    backend = get_backend(target.backend)
+    available = backend.available(target)
+    if not available.can_run:
+        return Benchmark(
+            target=target.name, runtime=available.version, reason=available.reason, remedy=available.remedy
+        )
+    feeds = samples_of_size(stored, batch_size)
+    with tempfile.TemporaryDirectory(prefix="edgekit-") as temporary:
+        float_model = Path(temporary) / MODEL
+        save_onnx(stored.model, float_model)
+        candidates = []
+        for precision in backend.float_precisions(target):
+            folder = Path(temporary) / precision
+            folder.mkdir()
+            candidates.append(
+                Candidate(precision, backend.convert(float_model, target, folder, precision=precision), target)
+            )
+        candidates.append(Candidate(INT8, _artifact(stored.folder / target.name, manifest), target))
+        comparison = measure(
+            candidates,
+            feeds,
+            bursts=BURSTS,
+            burst_seconds=BURST_SECONDS,
+            iterations=iterations,
+            on_progress=lambda done, total: on_progress(f"{target.name}: benchmark", done, total),
+        )
+        return _record(target.name, available.version, batch_size, candidates, comparison)
+
+
+def _artifact(folder: Path, manifest: Manifest) -> Artifact:
+    files = tuple(folder / name for name in manifest.artifact_files)
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise BackendError(f"{missing[0]}: does not exist; run `edgekit export` again")
+    return Artifact(folder / manifest.artifact, files)
+
+
+def _record(
+    name: str, runtime: str, batch_size: int, candidates: Sequence[Candidate], comparison: Comparison
+) -> Benchmark:
+    sizes = {candidate.label: candidate.artifact.size_bytes for candidate in candidates}
+    timings = tuple(
+        PrecisionTiming(**asdict(timing), artifact_bytes=sizes[timing.label]) for timing in comparison.timings
+    )
+    by_label = {timing.label: timing for timing in timings}
+    if INT8 not in by_label:
+        return Benchmark(
+            target=name, runtime=runtime, timings=timings, reason=comparison.failures[INT8], remedy="see the reason"
+        )
+    floats = [timing for timing in timings if timing.label != INT8]
+    fastest = min(floats, key=lambda timing: timing.median_ms, default=None)
+    speedup = comparison.ratios.get(INT8)
+    fastest_ratio = comparison.ratios.get(fastest.label) if fastest else None
+    return Benchmark(
+        target=name,
+        runtime=runtime,
+        batch_size=batch_size,
+        timings=timings,
+        speedup=speedup.median if speedup else None,
+        speedup_low=speedup.ci_low if speedup else None,
+        speedup_high=speedup.ci_high if speedup else None,
+        fastest_float=fastest.label if fastest else "",
+        speedup_over_fastest=(speedup.median / (fastest_ratio.median if fastest_ratio else 1.0))
+        if speedup and fastest
+        else None,
+        noisy=comparison.noisy,
+        notes=tuple(
+            filter(None, [comparison.message, *(f"{label}: {why}" for label, why in comparison.failures.items())])
+        ),
+    )
+
+
+def _refuse_slower(found: Benchmarks) -> None:
+    slow = [
+        record
+        for record in found.targets
+        if record.speedup_high is not None and record.speedup_high < 1 and not record.noisy
+    ]
+    if slow:
+        listed = ", ".join(f"{record.target} ({record.speedup:.2f} x)" for record in slow)
+        raise GoalError(f"slower than float32: {listed}; leave layers in float, or ship the float model there")
+
+
+def _machine() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {len(names) or '?'} CPUs, {platform.system()}"

@@ -1,0 +1,258 @@
+"""`edgekit export`: the annotated model becomes the graph and the artifact of each target, proven on the target's own runtime."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+import edgekit
+from edgekit.backend import Artifact, Availability, Backend, KernelRecord, get_backend
+from edgekit.errors import BackendError, GraphError, TargetError
+from edgekit.graph.io import save_onnx
+from edgekit.graph.operators import layers
+from edgekit.graph.rules import quantized_nodes
+from edgekit.graph.run import Session
+from edgekit.lowering.integer import lower_integer
+from edgekit.lowering.qoperator import lower_qoperator
+from edgekit.metric import Evaluate, Runner, open_metric
+from edgekit.output import sha256, staged_folder
+from edgekit.pipelines.stored import Stored, open_stored
+from edgekit.progress import Progress, silent
+from edgekit.proof import Arrays, compare, int8_share, run_batches
+from edgekit.records import MANIFEST, MODEL, Compressed, FileRecord, Manifest, Metric, Proof, versions
+from edgekit.report import write_report
+from edgekit.target import Format, Target, load_target
+from edgekit.worker import Worker
+
+BATCH_SIZES = (7, 1)
+"""Of the proof: neither is a batch that models are traced or calibrated with."""
+SINGLES = 4
+MOST_REPAIRS = 8
+
+LOWER_FORMAT: dict[Format, Callable[[ir.Model], ir.Model]] = {
+    "qdq": lambda model: model,
+    "qoperator": lower_qoperator,
+    "integer": lower_integer,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ExportResult:
+    """One export: its folder and what was written down about it."""
+
+    folder: Path
+    manifest: Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What one export works with."""
+
+    model: ir.Model
+    target: Target
+    format: Format
+    backend: Backend
+    available: Availability
+    folder: Path
+    batches: Sequence[Arrays]
+    floats: Sequence[Arrays]
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """An artifact that was built and tried."""
+
+    artifact: Artifact
+    proof: Proof
+    notes: tuple[str, ...]
+
+
+def export(
+    out: str | Path,
+    targets: Sequence[str],
+    *,
+    format: Format | None = None,
+    evaluate: str | Path | Callable[[Runner], float] | None = None,
+    on_progress: Progress = silent,
+) -> list[ExportResult]:
+    """Lower, convert and verify the compressed model in `out` for each of `targets`.
+
+    Args:
+        out: the folder that `compress` wrote; each target gets a folder in it.
+        targets: names or TOML files.
+        format: of the graph; the target's own when None.
+        evaluate: as in `compress`, whose own is used when None.
+        on_progress: told of each step.
+
+    Raises:
+        EdgekitError: see `edgekit.errors`; targets before the one that failed are exported, its own folder is as it was.
+    """
+    if not targets:
+        raise TargetError("no target is named; give at least one with --target (`edgekit targets` lists them)")
+    rules = [load_target(name) for name in targets]
+    for target in rules:
+        _check_format(target, format)
+    stored = open_stored(Path(out))
+    reference = evaluate or stored.record.evaluate
+    metric = open_metric(reference, stored.held_back.inputs) if reference else None
+    results = []
+    for target in rules:
+        with staged_folder(stored.folder / target.name, marker=MANIFEST, what="an edgekit export") as folder:
+            manifest = _export_one(stored, target, format or target.graph.format, metric, folder, on_progress)
+        results.append(ExportResult(stored.folder / target.name, manifest))
+        write_report(stored.folder)
+    return results
+
+
+def _check_format(target: Target, format: Format | None) -> None:
+    if not target.backend:
+        raise TargetError(
+            f"target {target.name!r} has no runtime: it is what others extend; export to one of `edgekit targets`"
+        )
+    if format is not None and format not in target.graph.formats:
+        reason = f": {target.graph.formats_reason}" if target.graph.formats_reason else ""
+        raise TargetError(
+            f"target {target.name!r} does not take format {format!r}, only {', '.join(target.graph.formats)}{reason}"
+        )
+
+
+def _export_one(
+    stored: Stored, target: Target, format: Format, metric: Evaluate | None, folder: Path, on_progress: Progress
+) -> Manifest:
+    backend = get_backend(target.backend)
+    available = backend.available(target)
+    if not available.can_convert:
+        raise BackendError(f"target {target.name!r}: {available.reason}; {available.remedy}")
+    batches = _batches(stored)
+    floats = run_batches(Session(stored.model, optimize=False).run, batches)
+    job = _Job(stored.model, target, format, backend, available, folder, batches, floats)
+    kept: tuple[str, ...] = ()
+    while True:
+        on_progress(f"{target.name}: lower, convert, verify", len(kept), None)
+        candidate = _build(job, frozenset(kept))
+        if candidate.proof.agrees is not False or len(kept) == MOST_REPAIRS:
+            break
+        on_progress(f"{target.name}: find the layer that the runtime gets wrong", len(kept), None)
+        guilty = _find_guilty(job, frozenset(kept))
+        if guilty is None:
+            break
+        kept = (*kept, guilty)
+    return _describe(job, stored.record, candidate, kept, metric)
+
+
+def _build(job: _Job, keep_float: frozenset[str]) -> _Candidate:
+    """Lower, convert, and run on the held-back samples beside the simulation."""
+    qdq = job.backend.lower(job.model, job.target, keep_float=keep_float)
+    lowered = LOWER_FORMAT[job.format](qdq)
+    broken = job.backend.check(lowered, job.target)
+    if broken and not job.available.can_check:
+        raise GraphError(f"target {job.target.name!r}: the graph breaks rules of its runtime: {'; '.join(broken)}")
+    save_onnx(lowered, job.folder / MODEL)
+    artifact = job.backend.convert(job.folder / MODEL, job.target, job.folder, precision="int8")
+    simulated = run_batches(Session(qdq, optimize=False).run, job.batches)
+    kernels: Sequence[KernelRecord] = job.backend.planned_kernels(artifact)
+    ran = None
+    if job.available.can_check:
+        with Worker(artifact, job.target, exact=True) as worker:
+            ran = run_batches(worker.run, job.batches)
+            kernels = worker.kernels(job.batches[0])
+    share, float_layers = int8_share(layers(job.model), kernels)
+    proof = compare(ran, simulated, job.floats).model_copy(
+        update={
+            "ran_on": job.available.version if ran is not None else "",
+            "int8_macs_share": share,
+            "int8_source": ("planned" if ran is None else "ran") if share is not None else "",
+            "float_layers": float_layers,
+        }
+    )
+    return _Candidate(artifact, proof, tuple(broken))
+
+
+def _find_guilty(job: _Job, keep_float: frozenset[str]) -> str | None:
+    """The first node whose quantization the runtime gets wrong: bisection over how many nodes, in graph order, are quantized.
+
+    None when the runtime departs from the simulation even with nothing quantized.
+    """
+    names = [node.name or "" for node in quantized_nodes(job.model, job.target, keep_float=keep_float)]
+
+    def agrees(count: int) -> bool:
+        return _build(job, keep_float | frozenset(names[count:])).proof.agrees is not False
+
+    right, wrong = 0, len(names)
+    if not agrees(right):
+        return None
+    while wrong - right > 1:
+        middle = (right + wrong) // 2
+        right, wrong = (middle, wrong) if agrees(middle) else (right, middle)
+    return names[wrong - 1]
+
+
+def _batches(stored: Stored) -> list[Arrays]:
+    many = [batch.feeds for batch in stored.held_back.batches(BATCH_SIZES[0])]
+    singles = [batch.feeds for batch in stored.held_back.batches(BATCH_SIZES[1], 0, SINGLES)]
+    return many + singles
+
+
+def _describe(
+    job: _Job, record: Compressed, candidate: _Candidate, kept: tuple[str, ...], metric: Evaluate | None
+) -> Manifest:
+    """Measure the metric and write the manifest."""
+    artifact = candidate.artifact
+    value, source = _measure_metric(job, artifact, metric)
+    manifest = Manifest(
+        edgekit=edgekit.__version__,
+        versions=versions("onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx-cu13", "numpy"),
+        source=record.source,
+        model_sha256=record.model_sha256,
+        target=job.target.name,
+        target_rules=job.target,
+        backend=job.target.backend,
+        runtime=job.available.version,
+        format=job.format,
+        artifact=artifact.path.name,
+        artifact_files=tuple(file.name for file in artifact.files),
+        files=tuple(
+            FileRecord(name=file.name, bytes=file.stat().st_size, sha256=sha256(file))
+            for file in sorted(job.folder.iterdir())
+        ),
+        kept_float=kept,
+        proof=candidate.proof,
+        metric=value,
+        float_metric=record.float_metric
+        if record.float_metric and value and record.float_metric.name == value.name
+        else None,
+        metric_source=source,
+        notes=tuple(_notes(job, candidate, kept)),
+    )
+    (job.folder / MANIFEST).write_text(json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+    return manifest
+
+
+def _measure_metric(job: _Job, artifact: Artifact, metric: Evaluate | None) -> tuple[Metric | None, str]:
+    """The metric of the artifact on its runtime or, where that cannot run, of the lowered graph in simulation."""
+    if metric is None:
+        return None, ""
+    if not job.available.can_check:
+        return metric(Session(job.folder / MODEL, optimize=True).run), "simulated"
+    with Worker(artifact, job.target, exact=False) as worker:
+        return metric(worker.run), "ran"
+
+
+def _notes(job: _Job, candidate: _Candidate, kept: tuple[str, ...]) -> list[str]:
+    notes, proof, runtime = list(candidate.notes), candidate.proof, job.available.version
+    if not job.available.can_run:
+        notes.append(f"{job.available.reason}; {job.available.remedy}")
+    if kept:
+        notes.append(f"kept in float, because {runtime} computes them wrongly in int8: {', '.join(kept)}")
+    if proof.agrees is False:
+        notes.append(
+            f"WRONG: {runtime} does not compute what the simulation does: {proof.reason}. Do not ship this artifact"
+        )
+    if proof.float_layers:
+        more = len(proof.float_layers) - 5
+        notes.append(f"in float: {', '.join(proof.float_layers[:5])}{f' and {more} more' if more > 0 else ''}")
+    return notes

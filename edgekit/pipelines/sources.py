@@ -1,0 +1,137 @@
+"""Whatever the user gave becomes a float ONNX graph in canonical form, proven equal to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from edgekit.data import Dataset, InputSpec, example_arrays
+from edgekit.errors import DataError, SourceError
+from edgekit.graph.annotations import annotated_values, attach
+from edgekit.graph.equal import prove_equal
+from edgekit.graph.io import load_onnx
+from edgekit.output import sha256
+from edgekit.passes.fold_batchnorm import fold_batchnorm
+from edgekit.passes.fold_fake_quant import fold_fake_quant
+from edgekit.passes.pool_globally import pool_globally
+from edgekit.passes.simplify import simplify
+from edgekit.passes.upgrade_opset import upgrade_opset
+from edgekit.records import Source
+from edgekit.reference import resolve_reference
+
+EXAMPLES = 2
+"""Samples that a torch model is traced with, and an ONNX model compared on."""
+
+
+def load_source(
+    source: object, dataset: Dataset, *, factory: str | Callable[[], object] | None, trust: bool, opset: int
+) -> tuple[ir.Model, Source]:
+    """The source as a float graph, as it came, and where it came from.
+
+    Args:
+        source: a path of an ONNX file, checkpoint or exported program, or an `nn.Module`.
+        dataset: a torch model is traced with its first samples.
+        factory: what makes the `nn.Module` that a checkpoint's weights go into: `FILE.py:factory`, `package.module:factory` or
+            the callable itself.
+        trust: open checkpoints that run pickled code.
+        opset: of a graph that is traced here.
+
+    Raises:
+        SourceError: see `load_onnx`, `load_checkpoint` and `export_onnx`.
+    """
+    path = Path(source) if isinstance(source, str | Path) else None
+    if path is not None and path.suffix.lower() == ".onnx":
+        return load_onnx(path), Source(name=path.name, kind="onnx", sha256=sha256(path))
+    # Torch takes seconds to import, and an ONNX file does not need it.
+    from edgekit.training.check_export import check_export
+    from edgekit.training.checkpoint import load_checkpoint
+    from edgekit.training.export_onnx import export_onnx
+
+    if path is not None:
+        module = load_checkpoint(path, factory=_factory(factory), trust=trust)
+        origin = Source(name=path.name, kind=path.suffix.lower().lstrip("."), sha256=sha256(path))
+    elif hasattr(source, "state_dict") and callable(source):
+        module = cast(Any, source)
+        origin = Source(name=type(source).__name__, kind="module")
+    else:
+        raise SourceError(
+            f"the source is a {type(source).__name__}; give the path of a checkpoint or ONNX file, or an nn.Module"
+        )
+    inputs = _without_labels(example_arrays(dataset, EXAMPLES), module)
+    model = export_onnx(module, inputs, opset=opset)
+    check_export(module, model, inputs)
+    return model, origin
+
+
+def canonicalize(model: ir.Model, feeds: Mapping[str, NDArray[np.generic]], *, opset: int) -> ir.Model:
+    """One form for all sources: working opset, constants folded, BatchNorm folded, Q/DQ folded to attributes.
+
+    Raises:
+        GraphError: the result does not compute what the source does.
+    """
+    original = model
+    model = upgrade_opset(model, opset=opset)
+    model = simplify(model)
+    model = fold_batchnorm(model)
+    model = pool_globally(model)
+    model = simplify(model)
+    if any(node.op_type == "QuantizeLinear" for node in model.graph):
+        return fold_fake_quant(model)
+    prove_equal(original, model, feeds)
+    return attach(model) if not annotated_values(model.graph) else model
+
+
+def input_specs(model: ir.Model) -> list[InputSpec]:
+    """The inputs that a caller has to give.
+
+    Raises:
+        DataError: an input of a type that no array has.
+    """
+    specs = []
+    for value in model.graph.inputs:
+        if value.is_initializer():
+            continue
+        if value.dtype is None or value.shape is None:
+            raise DataError(f"input {value.name!r} of the model has no type or no rank; export it with both")
+        shape = tuple(d if isinstance(d, int) else None for d in value.shape)
+        specs.append(InputSpec(value.name or "", np.dtype(value.dtype.numpy()), shape))
+    return specs
+
+
+def _factory(reference: str | Callable[[], object] | None) -> Callable[[], object] | None:
+    if reference is None or callable(reference):
+        return reference
+    found = resolve_reference(reference, error=SourceError, what="--model")
+    if not callable(found):
+        raise SourceError(
+            f"--model {reference!r} is a {type(found).__name__}; give a function or class that makes the model"
+        )
+    return found
+
+
+def _without_labels(
+    examples: tuple[NDArray[Any], ...] | dict[str, NDArray[Any]], module: Any
+) -> tuple[NDArray[Any], ...] | dict[str, NDArray[Any]]:
+    """Only what `forward` takes, when the data has more arrays than that."""
+    if isinstance(examples, tuple):
+        return examples
+    import inspect
+
+    parameters = inspect.signature(module.forward).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return examples
+    known = {name: array for name, array in examples.items() if name in parameters}
+    required = [
+        n for n, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL and n not in known
+    ]
+    if required:
+        raise DataError(
+            f"the calibration data has no array for the model's input {required[0]!r} (arrays found: {', '.join(examples)}); name the "
+            f"arrays like the parameters of forward ({', '.join(parameters)})"
+        )
+    return known

@@ -1,0 +1,140 @@
+"""Proof: an artifact on its own runtime, against the simulation of the annotated model and against float."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit.backend import KernelRecord
+from edgekit.graph.operators import Layer
+from edgekit.records import OutputProof, Proof
+
+Arrays = Mapping[str, NDArray[np.generic]]
+Runner = Callable[[Arrays], Arrays]
+
+ROUNDING_DB = 30.0
+"""A runtime this close to the simulation differs from it by codes that flip at ties, and their cascade."""
+SLACK_DB = 1.5
+"""... or it is as close to float as the simulation is, give or take this much: it kept something in float that it need not."""
+LOST_DECISIONS = 0.02
+"""Share of samples whose arg max may part from the simulation's by rounding (at least one sample)."""
+
+
+def run_batches(run: Runner, batches: Sequence[Arrays]) -> list[Arrays]:
+    """The outputs of each batch."""
+    return [run(batch) for batch in batches]
+
+
+def compare(ran: Sequence[Arrays] | None, simulated: Sequence[Arrays], floats: Sequence[Arrays]) -> Proof:
+    """Hold what a runtime made of some batches against the simulation and the float model.
+
+    Without `ran` (the device is not here) the simulation speaks for it, and `agrees` is None.
+    """
+    measured = simulated if ran is None else ran
+    outputs = tuple(
+        OutputProof(
+            name=name,
+            simulation_sqnr_db=None if ran is None else _sqnr_db(name, measured, simulated),
+            float_sqnr_db=_sqnr_db(name, measured, floats),
+            simulation_cosine=None if ran is None else _cosine(name, measured, simulated),
+            float_cosine=_cosine(name, measured, floats),
+        )
+        for name in simulated[0]
+    )
+    scores = next(iter(simulated[0]))
+    proof = Proof(
+        samples=sum(_length(batch[scores]) for batch in simulated),
+        batch_sizes=tuple(sorted({_length(batch[scores]) for batch in simulated})),
+        outputs=outputs,
+        float_top1=_top1(scores, measured, floats),
+        simulation_top1=None if ran is None else _top1(scores, ran, simulated),
+    )
+    if ran is None:
+        return proof
+    reason = _disagreement(proof, simulated, floats)
+    return proof.model_copy(update={"agrees": not reason, "reason": reason})
+
+
+def int8_share(layers: Sequence[Layer], kernels: Sequence[KernelRecord]) -> tuple[float | None, tuple[str, ...]]:
+    """The share of the layers' MACs in int8 kernels, and the names of the layers that are not.
+
+    A layer counts as int8 when one of the kernels that bear its name computes in int8 (a fused kernel may have a float epilogue).
+    """
+    integer = {name for kernel in kernels if kernel.precision == "int8" for name in kernel.layers}
+    total = sum(layer.macs for layer in layers)
+    if not kernels or not total:
+        return None, ()
+    return (
+        sum(layer.macs for layer in layers if layer.name in integer) / total,
+        tuple(layer.name for layer in layers if layer.name not in integer),
+    )
+
+
+def _disagreement(proof: Proof, simulated: Sequence[Arrays], floats: Sequence[Arrays]) -> str:
+    """Why the runtime does not compute what the simulation does; empty when it does, up to rounding."""
+    for output in proof.outputs:
+        near, own = output.simulation_sqnr_db, output.float_sqnr_db
+        if near is None or near >= ROUNDING_DB:
+            continue
+        expected = _sqnr_db(output.name, simulated, floats)
+        if own is None or expected is None or own < expected - SLACK_DB:
+            return (
+                f"output {output.name!r} is {near:.1f} dB from the simulation and {own or float('nan'):.1f} dB from float, where the "
+                f"simulation is {expected or float('nan'):.1f} dB from float"
+            )
+    if proof.simulation_top1 is not None and proof.float_top1 is not None:
+        lost = (1 - proof.simulation_top1) * proof.samples
+        expected_top1 = _top1(next(iter(simulated[0])), simulated, floats)
+        worse = expected_top1 is not None and proof.float_top1 < expected_top1 - LOST_DECISIONS
+        if lost > max(1.0, LOST_DECISIONS * proof.samples) and worse:
+            return f"{lost:.0f} of {proof.samples} samples have another arg max than in the simulation"
+    return ""
+
+
+def _sqnr_db(name: str, a: Sequence[Arrays], reference: Sequence[Arrays]) -> float | None:
+    """Signal-to-quantization-noise ratio (dB, at most 200); None for outputs that are not numbers."""
+    signal = noise = 0.0
+    for ours, theirs in zip(a, reference, strict=True):
+        x, y = ours[name], theirs[name]
+        if not np.issubdtype(y.dtype, np.number) or x.shape != y.shape:
+            return None if not np.issubdtype(y.dtype, np.number) else -200.0
+        with np.errstate(over="ignore", invalid="ignore"):
+            difference = np.where(x == y, 0.0, x.astype(np.float64) - y.astype(np.float64))
+            finite = np.isfinite(y.astype(np.float64))
+            noise += float(np.sum(difference**2, where=finite | (x != y)))
+            signal += float(np.sum(y.astype(np.float64) ** 2, where=finite))
+    if not np.isfinite(noise):
+        return -200.0
+    if noise == 0.0:
+        return 200.0
+    return float(np.clip(10 * np.log10(max(signal, 1e-300) / noise), -200.0, 200.0))
+
+
+def _cosine(name: str, a: Sequence[Arrays], reference: Sequence[Arrays]) -> float | None:
+    """The mean over samples of the cosine between outputs; None for outputs that are not floats."""
+    cosines = []
+    for ours, theirs in zip(a, reference, strict=True):
+        x, y = ours[name], theirs[name]
+        if not np.issubdtype(y.dtype, np.floating) or not y.ndim or x.shape != y.shape:
+            return None
+        left, right = (v.astype(np.float64).reshape(len(v), -1) for v in (x, y))
+        scale = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+        cosines.append(np.where(scale > 0, (left * right).sum(1) / np.where(scale > 0, scale, 1), 1.0))
+    return float(np.nan_to_num(np.concatenate(cosines).mean(), nan=0.0)) if cosines else None
+
+
+def _top1(name: str, a: Sequence[Arrays], reference: Sequence[Arrays]) -> float | None:
+    """The share of samples with the same arg max, where the output is scores of shape `(N, classes)`."""
+    same = []
+    for ours, theirs in zip(a, reference, strict=True):
+        x, y = ours[name], theirs[name]
+        if y.ndim != 2 or y.shape[1] < 2 or not np.issubdtype(y.dtype, np.floating) or x.shape != y.shape:
+            return None
+        same.append(np.argmax(x, axis=1) == np.argmax(y, axis=1))
+    return float(np.concatenate(same).mean()) if same else None
+
+
+def _length(array: NDArray[np.generic]) -> int:
+    return len(array) if array.ndim else 1

@@ -1,0 +1,247 @@
+"""What edgekit writes down: `compress.json` beside a compressed model, `manifest.json` beside each export."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import Field, ValidationError
+
+from edgekit.errors import OutputError
+from edgekit.output import sha256
+from edgekit.target import Target
+from edgekit.toml_file import Table
+
+MODEL = "model.onnx"
+HELD_BACK = "held_back.npz"
+COMPRESSED = "compress.json"
+MANIFEST = "manifest.json"
+BENCHMARKS = "benchmark.json"
+
+
+class Source(Table):
+    """Where a model came from."""
+
+    name: str
+    kind: str
+    sha256: str = ""
+
+
+class Metric(Table):
+    """The number that decides, higher is better; a share (top-1) is between 0 and 1."""
+
+    name: str
+    value: float
+
+
+class LayerRecord(Table):
+    """A layer and what it costs, for one sample."""
+
+    name: str
+    op_type: str
+    output_shape: tuple[int | None, ...] | None
+    macs: int
+    parameters: int
+
+
+class Compressed(Table):
+    """`compress.json`."""
+
+    edgekit: str
+    versions: dict[str, str]
+    source: Source
+    target: str
+    calibrator: str
+    samples: int
+    held_back: int
+    evaluate: str = ""
+    model_sha256: str
+    float_metric: Metric | None = None
+    simulated_metric: Metric | None = None
+    layers: tuple[LayerRecord, ...] = ()
+    stays_float: dict[str, int] = Field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+class OutputProof(Table):
+    """One output of an artifact, on its own runtime, against the simulation and against float. SQNR in dB."""
+
+    name: str
+    simulation_sqnr_db: float | None
+    float_sqnr_db: float | None
+    simulation_cosine: float | None
+    float_cosine: float | None
+
+
+class Proof(Table):
+    """What running an artifact on held-back samples showed.
+
+    Attributes:
+        ran_on: the runtime and version; empty when it could not run here, and the numbers are the simulation's.
+        agrees: the runtime computes what the simulation does, up to rounding; None when it could not run.
+        reason: why not.
+        float_top1, simulation_top1: share of samples with the same arg max as the float model, the simulation; None when the
+            first output holds no scores.
+        int8_macs_share: of the layers' MACs, the share in int8 kernels; None when the runtime does not tell.
+        int8_source: "ran" as the runtime reported it, "planned" as its builder did.
+        float_layers: the layers that ran in float.
+    """
+
+    ran_on: str = ""
+    batch_sizes: tuple[int, ...] = ()
+    samples: int = 0
+    agrees: bool | None = None
+    reason: str = ""
+    outputs: tuple[OutputProof, ...] = ()
+    float_top1: float | None = None
+    simulation_top1: float | None = None
+    int8_macs_share: float | None = None
+    int8_source: str = ""
+    float_layers: tuple[str, ...] = ()
+
+
+class FileRecord(Table):
+    """A shipped file."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+class Manifest(Table):
+    """`manifest.json` of one export."""
+
+    edgekit: str
+    versions: dict[str, str]
+    source: Source
+    model_sha256: str
+    target: str
+    target_rules: Target
+    backend: str
+    runtime: str
+    format: str
+    artifact: str
+    artifact_files: tuple[str, ...]
+    files: tuple[FileRecord, ...]
+    kept_float: tuple[str, ...] = ()
+    proof: Proof = Proof()
+    metric: Metric | None = None
+    float_metric: Metric | None = None
+    metric_source: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def artifact_bytes(self) -> int:
+        """Bytes of what the runtime loads."""
+        return sum(file.bytes for file in self.files if file.name in self.artifact_files)
+
+
+class PrecisionTiming(Table):
+    """One candidate of a benchmark; see `edgekit.measure.Timing`."""
+
+    label: str
+    median_ms: float
+    p90_ms: float
+    p99_ms: float
+    ci_low_ms: float
+    ci_high_ms: float
+    throughput: float
+    load_ms: float
+    peak_rss_bytes: int
+    iterations: int
+    bursts: tuple[float, ...]
+    artifact_bytes: int
+
+
+class Benchmark(Table):
+    """One target: its timings, or why there are none.
+
+    Attributes:
+        speedup: float32's latency over int8's, with its 95 % interval `speedup_low` to `speedup_high`.
+        fastest_float: the runtime's fastest float precision; `speedup_over_fastest` is against it.
+        noisy: the machine was too noisy for the numbers to be trusted much.
+        reason, remedy: why nothing was measured, and what would change that.
+    """
+
+    target: str
+    runtime: str = ""
+    batch_size: int = 1
+    timings: tuple[PrecisionTiming, ...] = ()
+    speedup: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
+    fastest_float: str = ""
+    speedup_over_fastest: float | None = None
+    noisy: bool = False
+    reason: str = ""
+    remedy: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def median_ms(self) -> float | None:
+        """Latency of the int8 artifact (ms)."""
+        return next((timing.median_ms for timing in self.timings if timing.label == "int8"), None)
+
+
+class Benchmarks(Table):
+    """`benchmark.json`."""
+
+    machine: str
+    batch_size: int
+    targets: tuple[Benchmark, ...]
+
+
+R = TypeVar("R", bound=Table)
+
+
+def read_record(path: Path, kind: type[R], *, remedy: str) -> R:
+    """A record from its file.
+
+    Raises:
+        OutputError: it is missing or is not one; `remedy` says what to do.
+    """
+    try:
+        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise OutputError(f"{path}: does not exist; {remedy}") from error
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        raise OutputError(
+            f"{path}: cannot be read as an edgekit record ({str(error).splitlines()[0]}); {remedy}"
+        ) from error
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of Python and of the installed ones among `packages`."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def read_compressed(folder: Path) -> Compressed:
+    """The record of a compressed model, its file checked against it.
+
+    Raises:
+        OutputError: it is not there, or was changed since.
+    """
+    if not folder.is_dir():
+        raise OutputError(f"{folder}: is not a folder; give the one that `edgekit compress -o` wrote")
+    record = read_record(folder / COMPRESSED, Compressed, remedy="give the folder that `edgekit compress -o` wrote")
+    path = folder / MODEL
+    if not path.is_file() or sha256(path) != record.model_sha256:
+        raise OutputError(f"{path}: is missing or is not what {COMPRESSED} describes; run `edgekit compress` again")
+    return record
+
+
+def read_manifests(folder: Path) -> dict[str, Manifest]:
+    """The manifests of all exports in a compressed model's folder, by target, sorted."""
+    found = {}
+    for path in sorted(folder.glob(f"*/{MANIFEST}")):
+        manifest = read_record(path, Manifest, remedy="run `edgekit export` again")
+        found[manifest.target] = manifest
+    return found

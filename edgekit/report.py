@@ -1,0 +1,263 @@
+"""The report: what was compressed, exported and measured, as JSON for machines and Markdown for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from edgekit.output import write_text
+from edgekit.records import (
+    BENCHMARKS,
+    Benchmark,
+    Benchmarks,
+    Compressed,
+    Manifest,
+    Metric,
+    read_compressed,
+    read_manifests,
+    read_record,
+)
+
+REPORT_JSON, REPORT_MD = "report.json", "report.md"
+COLUMNS = (
+    "target",
+    "where it ran",
+    "bytes",
+    "accuracy",
+    "drop",
+    "median ms",
+    "speed-up",
+    "of fastest float",
+    "MACs in int8",
+)
+_MOST_LAYERS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the summary table; fields that are not known are empty."""
+
+    target: str
+    state: str
+    bytes: int
+    metric: str
+    drop: str
+    median_ms: str
+    speedup: str
+    speedup_over_fastest: str
+    int8_share: str
+
+    def cells(self) -> tuple[str, ...]:
+        """The fields as text, in the order of `COLUMNS`."""
+        return tuple(f"{value:,}" if isinstance(value, int) else value for value in asdict(self).values())
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.json` and `report.md` about everything in a compressed model's folder; the latter's path."""
+    compressed = read_compressed(folder)
+    manifests = read_manifests(folder)
+    benchmarks = _benchmarks(folder)
+    document = {
+        "compressed": compressed.model_dump(mode="json"),
+        "exports": {name: manifest.model_dump(mode="json") for name, manifest in manifests.items()},
+        "benchmark": benchmarks.model_dump(mode="json") if benchmarks else None,
+    }
+    write_text(folder / REPORT_JSON, json.dumps(document, indent=2) + "\n")
+    write_text(folder / REPORT_MD, _markdown(compressed, manifests, benchmarks))
+    return folder / REPORT_MD
+
+
+def summary(folder: Path) -> list[Row]:
+    """The table: a row for each exported target."""
+    compressed, benchmarks = read_compressed(folder), _benchmarks(folder)
+    measured = {record.target: record for record in benchmarks.targets} if benchmarks else {}
+    return [_row(compressed, manifest, measured.get(name)) for name, manifest in read_manifests(folder).items()]
+
+
+def _benchmarks(folder: Path) -> Benchmarks | None:
+    path = folder / BENCHMARKS
+    return read_record(path, Benchmarks, remedy="run `edgekit benchmark` again") if path.is_file() else None
+
+
+def _row(compressed: Compressed, manifest: Manifest, measured: Benchmark | None) -> Row:
+    proof = manifest.proof
+    stale = manifest.model_sha256 != compressed.model_sha256
+    median = measured.median_ms if measured else None
+    noisy = "~" if measured and measured.noisy else ""
+    fastest = (
+        f"{noisy}{measured.speedup_over_fastest:.2f}x {measured.fastest_float}"
+        if measured and measured.speedup_over_fastest is not None
+        else ""
+    )
+    return Row(
+        target=manifest.target,
+        state="stale: export again" if stale else _state(manifest, measured),
+        bytes=manifest.artifact_bytes,
+        metric=_metric(manifest),
+        drop=_drop(manifest),
+        median_ms=f"{median:.3f}" if median is not None else "",
+        speedup=f"{noisy}{measured.speedup:.2f}x" if measured and measured.speedup is not None else "",
+        speedup_over_fastest=fastest,
+        int8_share=f"{100 * proof.int8_macs_share:.1f} % {proof.int8_source}"
+        if proof.int8_macs_share is not None
+        else "",
+    )
+
+
+def _state(manifest: Manifest, measured: Benchmark | None) -> str:
+    proof = manifest.proof
+    if proof.agrees is False:
+        return "WRONG, do not ship"
+    if proof.agrees is None:
+        return "built, not run here"
+    if measured is not None and measured.median_ms is not None:
+        return f"ran on {proof.ran_on}"
+    return f"checked on {proof.ran_on}" + (", not timed here" if measured is not None else "")
+
+
+def _metric(manifest: Manifest) -> str:
+    if manifest.metric is not None:
+        simulated = " simulated" if manifest.metric_source == "simulated" else ""
+        return f"{_number(manifest.metric)}{simulated}"
+    simulated = "" if manifest.proof.ran_on else " simulated"
+    if manifest.proof.float_top1 is not None:
+        return f"{100 * manifest.proof.float_top1:.1f} % agree{simulated}"
+    ratios = [output.float_sqnr_db for output in manifest.proof.outputs if output.float_sqnr_db is not None]
+    return f"{min(ratios):.1f} dB{simulated}" if ratios else ""
+
+
+def _drop(manifest: Manifest) -> str:
+    if manifest.metric is None or manifest.float_metric is None:
+        return ""
+    difference = manifest.float_metric.value - manifest.metric.value
+    return f"{100 * difference:+.2f} points" if manifest.metric.name == "top-1" else f"{difference:+.4g}"
+
+
+def _number(metric: Metric) -> str:
+    return f"{100 * metric.value:.2f} %" if metric.name == "top-1" else f"{metric.value:.4g}"
+
+
+def _markdown(compressed: Compressed, manifests: dict[str, Manifest], benchmarks: Benchmarks | None) -> str:
+    measured = {record.target: record for record in benchmarks.targets} if benchmarks else {}
+    parts = [f"# {compressed.source.name}", "", *_compression(compressed), ""]
+    if manifests:
+        rows = [_row(compressed, manifest, measured.get(name)) for name, manifest in manifests.items()]
+        parts += ["## Targets", "", *_table(COLUMNS, [row.cells() for row in rows]), ""]
+    for name, manifest in manifests.items():
+        parts += [f"### {name}", "", *_export(manifest), ""]
+    if benchmarks:
+        parts += [
+            "## Latency",
+            "",
+            f"{benchmarks.machine}; batch {benchmarks.batch_size}.",
+            "",
+            *_latency(benchmarks),
+            "",
+        ]
+    parts += ["## Layers", "", *_layers(compressed)]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _compression(compressed: Compressed) -> list[str]:
+    lines = [
+        f"- compressed for `{compressed.target}` with `{compressed.calibrator}` ranges from {compressed.samples} samples; "
+        f"{compressed.held_back} more were held back to verify exports with",
+        f"- edgekit {compressed.edgekit}, "
+        + ", ".join(f"{name} {number}" for name, number in compressed.versions.items()),
+    ]
+    if compressed.float_metric and compressed.simulated_metric:
+        lines.append(
+            f"- {compressed.float_metric.name}: float {_number(compressed.float_metric)}, simulated int8 "
+            f"{_number(compressed.simulated_metric)}"
+        )
+    if compressed.stays_float:
+        lines.append("- stays float: " + ", ".join(f"{count} {op}" for op, count in compressed.stays_float.items()))
+    return lines + [f"- **note:** {note}" for note in compressed.notes]
+
+
+def _export(manifest: Manifest) -> list[str]:
+    proof = manifest.proof
+    ran = f"ran on {proof.ran_on}" if proof.ran_on else "not run here; numbers are the simulation's"
+    lines = [
+        f"- `{manifest.artifact}` ({manifest.format}, {manifest.artifact_bytes:,} bytes), {ran}; "
+        f"{proof.samples} held-back samples in batches of {', '.join(map(str, proof.batch_sizes))}"
+    ]
+    for output in proof.outputs:
+        near = (
+            f"{output.simulation_sqnr_db:.1f} dB from the simulation, " if output.simulation_sqnr_db is not None else ""
+        )
+        far = f"{output.float_sqnr_db:.1f} dB" if output.float_sqnr_db is not None else "no numbers"
+        cosine = f" (cosine {output.float_cosine:.5f})" if output.float_cosine is not None else ""
+        lines.append(f"- output `{output.name}`: {near}{far} from float{cosine}")
+    if proof.float_top1 is not None:
+        lines.append(f"- same arg max as float on {100 * proof.float_top1:.1f} % of the samples")
+    if proof.int8_macs_share is not None:
+        lines.append(f"- {100 * proof.int8_macs_share:.1f} % of the MACs in int8 kernels, as {proof.int8_source}")
+    return lines + [f"- **note:** {note}" for note in manifest.notes]
+
+
+def _latency(benchmarks: Benchmarks) -> list[str]:
+    rows = [
+        (
+            record.target,
+            timing.label,
+            f"{timing.median_ms:.3f}",
+            f"{timing.ci_low_ms:.3f} to {timing.ci_high_ms:.3f}",
+            f"{timing.p90_ms:.3f}",
+            f"{timing.p99_ms:.3f}",
+            f"{timing.throughput:.0f}",
+            f"{timing.load_ms:.0f}",
+            f"{timing.peak_rss_bytes / 2**20:.0f}",
+            f"{timing.artifact_bytes:,}",
+        )
+        for record in benchmarks.targets
+        for timing in record.timings
+    ]
+    header = (
+        "target",
+        "precision",
+        "median ms",
+        "95 % interval",
+        "p90",
+        "p99",
+        "samples/s",
+        "load ms",
+        "peak MiB",
+        "bytes",
+    )
+    lines = _table(header, rows) if rows else []
+    for record in benchmarks.targets:
+        if record.speedup is not None and record.speedup_over_fastest is not None:
+            lines.append(
+                f"\n{record.target}: int8 is {record.speedup:.2f}x f32 (95 %: {record.speedup_low:.2f} to {record.speedup_high:.2f}), "
+                f"{record.speedup_over_fastest:.2f}x the fastest float, {record.fastest_float}."
+            )
+        if record.reason:
+            lines.append(f"\n{record.target}: not timed: {record.reason}; {record.remedy}.")
+        lines += [f"\n{record.target}: {note}" for note in record.notes]
+    return lines
+
+
+def _layers(compressed: Compressed) -> list[str]:
+    total = sum(layer.macs for layer in compressed.layers) or 1
+    rows = [
+        (
+            f"`{layer.name}`",
+            layer.op_type,
+            "x".join("?" if d is None else str(d) for d in layer.output_shape or ()),
+            f"{layer.macs:,}",
+            f"{100 * layer.macs / total:.1f} %",
+            f"{layer.parameters:,}",
+        )
+        for layer in compressed.layers[:_MOST_LAYERS]
+    ]
+    lines = _table(("layer", "operator", "output", "MACs", "share", "parameters"), rows)
+    more = len(compressed.layers) - _MOST_LAYERS
+    return lines + ([f"\n... and {more} more."] if more > 0 else [])
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
