@@ -67,7 +67,7 @@ _folder = click.argument("folder", metavar="OUT", type=click.Path(path_type=Path
 @click.option("--samples", type=int, help="How many samples calibrate.  [default: 512]")
 @click.option("--target", help="Compress for one target instead of all.")
 @click.option("--portable", is_flag=True, help="Compress for all targets (the default).")
-@click.option("--calibrator", help="How ranges are chosen: minmax, percentile or kld.  [default: kld]")
+@click.option("--calibrator", help="How ranges are chosen: minmax, percentile, mse or kld.  [default: mse]")
 @click.option("--evaluate", metavar="MODULE:FUNCTION|PATH", help="The metric, or labelled data for top-1.")
 @click.option("--recipe", type=click.Path(path_type=Path), help="A TOML file with these options and [data.preprocess].")
 @click.option("--trust-checkpoint", is_flag=True, default=None, help="Open checkpoints that run pickled code.")

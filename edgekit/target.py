@@ -62,6 +62,8 @@ class Quantization(Table):
         drop_redundant: activations that are deleted where the output's range already clips as they do.
         unify: operators whose inputs and output share one grid.
         quantize, pass_through: operator types; all others stay float.
+        pass_through_q: "around" puts Q/DQ before and behind an operator that passes codes through, "before" only before
+            it. What is read behind it has the same grid either way.
         integer_pad: Pad runs on codes (padding with the zero point) instead of in float.
     """
 
@@ -71,10 +73,11 @@ class Quantization(Table):
     bias: Literal["float", "int32"] = "float"
     residual_add: Literal["both", "skip"] = "both"
     absorb: tuple[str, ...] = ("Relu", "Clip")
-    drop_redundant: tuple[str, ...] = ()
+    drop_redundant: tuple[Literal["Relu", "Clip"], ...] = ()
     unify: tuple[str, ...] = ("Concat",)
     quantize: tuple[str, ...] = ()
     pass_through: tuple[str, ...] = ()
+    pass_through_q: Literal["around", "before"] = "around"
     integer_pad: bool = False
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgekit.errors import TargetError
 from edgekit.quant.affine import choose_params, fake_quantize
-from edgekit.quant.estimators import CANDIDATES, ESTIMATORS, divergences, get_estimator, kld, minmax, percentile
+from edgekit.quant.estimators import CANDIDATES, ESTIMATORS, divergences, get_estimator, kld, minmax, mse, percentile
 from edgekit.quant.observers import Histogram, HistogramObserver
 from edgekit.quant.spec import QuantSpec
 
@@ -232,3 +232,26 @@ def test_a_misspelt_estimator_is_answered_with_its_name() -> None:
         get_estimator("kl")
     with pytest.raises(TargetError, match="unknown estimator 'xyz'; known estimators"):
         get_estimator("xyz")
+
+
+def squared_error(x: NDArray[np.float32], ends: tuple[float, float], spec: QuantSpec) -> float:
+    return float(np.mean((fake_quantize(x, choose_params(*ends, spec)).astype(np.float64) - x) ** 2))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "empty"])
+@pytest.mark.parametrize("spec", [AFFINE, SYMMETRIC], ids=["affine", "symmetric"])
+def test_mse_is_as_good_as_the_best_range_of_a_grid_search_on_the_values(spec: QuantSpec, name: str) -> None:
+    x = distribution(name)
+    low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
+    shares = np.linspace(1.0, 0.3, 15)
+    tried = [(low * a, high * b) for a in shares for b in (shares if not spec.symmetric else (a,))]
+    best = min(squared_error(x, ends, spec) for ends in tried)
+    found = squared_error(x, mse(histogram_of(x), spec), spec)
+    assert found <= 1.10 * best + 1e-12 * float(np.square(x.astype(np.float64)).mean())
+
+
+def test_mse_clips_a_lone_outlier_that_costs_more_than_it_is_worth() -> None:
+    x = np.concatenate([np.random.default_rng(0).normal(size=200_000), [30.0]]).astype(np.float32)
+    low, high = mse(histogram_of(x), AFFINE)
+    assert high < 25.0
+    assert squared_error(x, (low, high), AFFINE) < 0.9 * squared_error(x, (float(x.min()), 30.0), AFFINE)

@@ -12,17 +12,21 @@ from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from edgekit.errors import GraphError
 from edgekit.quant.spec import INTEGER_RANGES, QuantParams, QuantSpec
 
 _PARAMS = "edgekit.params"
 _WISH = "edgekit.wish"
-_METADATA = "edgekit.quant"
+METADATA = "edgekit.quant"
+"""The metadata key, of values and of Quantize/DequantizeLinear nodes, for what ONNX has no field for: see `describe`."""
+
 _STANDARD = "quant_parameter_tensor_names"  # onnx_ir's own key for GraphProto.quantization_annotation
 _KEYS = ("SCALE_TENSOR", "ZERO_POINT_TENSOR")
 
 DTYPES = {name: ir.DataType[name.upper()] for name in INTEGER_RANGES}
+"""The ONNX type of each quantized type."""
 
 
 def get_params(value: ir.Value | None) -> QuantParams | None:
@@ -73,16 +77,14 @@ def attach(model: ir.Model) -> ir.Model:
     graph = model.graph
     parameter_names: set[str] = set()
     for value in all_values(graph):
-        names = value.meta.get(_STANDARD)
-        if not names:
-            continue
-        set_params(value, _read(graph, value, names))
-        parameter_names.update(names.values())
-    for value in all_values(graph):
-        value.meta.pop(_STANDARD, None)
-        value.metadata_props.pop(_METADATA, None)
+        names = value.meta.pop(_STANDARD, None)
+        description = value.metadata_props.pop(METADATA, "")
+        if names:
+            set_params(value, _read(graph, value, names, description))
+            parameter_names.update(names.values())
     for name in sorted(parameter_names):
-        if name in graph.initializers and not graph.initializers[name].uses():
+        initializer = graph.initializers[name]
+        if not initializer.uses() and not initializer.is_graph_output():
             del graph.initializers[name]
     return model
 
@@ -92,31 +94,34 @@ def detach(model: ir.Model) -> ir.Model:
     model = model.clone()
     graph = model.graph
     taken = {value.name for value in all_values(graph)}
-    for value in annotated_values(graph):
+    for value in list(all_values(graph)):
+        value.meta.pop(_STANDARD, None)  # left from a file whose annotations nobody read
         params = get_params(value)
-        assert params is not None and value.name is not None
-        tensors = (
-            np.asarray(params.scale, np.float32),
-            ir.tensor(params.zero_point.astype(np.int64), dtype=ir.DataType.INT64).numpy(),
-        )
-        names = {}
-        for key, suffix, array in zip(_KEYS, ("scale", "zero_point"), tensors, strict=True):
-            name = _fresh(f"{value.name}_{suffix}", taken)
-            dtype = ir.DataType.FLOAT if suffix == "scale" else DTYPES[params.dtype]
-            graph.register_initializer(ir.Value(name=name, const_value=code_tensor(array, dtype, name)))
-            names[key] = name
-        value.meta[_STANDARD] = names
-        value.metadata_props[_METADATA] = describe(params)
+        if params is None:
+            continue
+        scale = _register(graph, f"{value.name}_scale", params.scale, ir.DataType.FLOAT, taken)
+        zero_point = _register(graph, f"{value.name}_zero_point", params.zero_point, DTYPES[params.dtype], taken)
+        value.meta[_STANDARD] = dict(zip(_KEYS, (scale, zero_point), strict=True))
+        value.metadata_props[METADATA] = describe(params)
         set_params(value, None)
     return model
 
 
-def code_tensor(array: np.ndarray, dtype: ir.DataType, name: str) -> ir.TensorProtocol:
+def _register(
+    graph: ir.Graph, name: str, array: NDArray[np.generic], dtype: ir.DataType, taken: set[str | None]
+) -> str:
+    name = fresh_name(name, taken)
+    graph.register_initializer(ir.Value(name=name, const_value=code_tensor(array, dtype, name)))
+    return name
+
+
+def code_tensor(array: NDArray[np.generic], dtype: ir.DataType, name: str) -> ir.TensorProtocol:
     """An ONNX tensor of `dtype` holding the codes (or scales) in `array`."""
-    return ir.tensor(array.astype(dtype.numpy()), dtype=dtype, name=name)
+    return ir.tensor(np.asarray(array).astype(dtype.numpy()), dtype=dtype, name=name)
 
 
-def _fresh(name: str, taken: set[str | None]) -> str:
+def fresh_name(name: str, taken: set[str | None]) -> str:
+    """`name`, with underscores appended until it is not in `taken`, to which it is added."""
     while name in taken:
         name += "_"
     taken.add(name)
@@ -124,7 +129,7 @@ def _fresh(name: str, taken: set[str | None]) -> str:
 
 
 def describe(params: QuantParams) -> str:
-    """What the ONNX standard has no key for, as JSON."""
+    """What ONNX has no field for, as JSON."""
     record: dict[str, object] = {"dtype": params.dtype}
     if params.axis is not None:
         record["axis"] = params.axis
@@ -133,13 +138,32 @@ def describe(params: QuantParams) -> str:
     if params.observer:
         record["observer"] = params.observer
     if np.isfinite([params.low, params.high]).all():
-        record["range"] = [params.low, params.high]
+        record["range"] = [float(params.low), float(params.high)]
     if params.fixed:
         record["fixed"] = True
     return json.dumps(record)
 
 
-def _read(graph: ir.Graph, value: ir.Value, names: dict[str, str]) -> QuantParams:
+def described(
+    description: str, *, dtype: str, scale: NDArray[np.generic], zero_point: NDArray[np.generic], axis: int | None
+) -> QuantParams:
+    """The grid that a file states, with what `describe` wrote; without that it came from another tool, and is fixed."""
+    extra = json.loads(description) if description else {}
+    low, high = extra.get("range", (float("nan"), float("nan")))
+    return QuantParams(
+        dtype=extra.get("dtype", dtype),
+        scale=np.asarray(scale, np.float32),
+        zero_point=np.asarray(zero_point).astype(np.int64),
+        axis=extra.get("axis", axis),
+        narrow_range=extra.get("narrow_range", False),
+        observer=extra.get("observer", ""),
+        low=low,
+        high=high,
+        fixed=extra.get("fixed", not extra),
+    )
+
+
+def _read(graph: ir.Graph, value: ir.Value, names: dict[str, str], description: str) -> QuantParams:
     tensors = []
     for key in _KEYS:
         initializer = graph.initializers.get(names.get(key, ""))
@@ -150,23 +174,12 @@ def _read(graph: ir.Graph, value: ir.Value, names: dict[str, str]) -> QuantParam
             )
         tensors.append(initializer.const_value)
     scale, zero_point = tensors[0].numpy(), tensors[1].numpy()
-    extra = json.loads(value.metadata_props.get(_METADATA, "{}"))
-    dtype = extra.get("dtype", tensors[1].dtype.name.lower())
-    if dtype not in INTEGER_RANGES or scale.shape != zero_point.shape or not (scale > 0).all():
+    dtype = tensors[1].dtype.name.lower()
+    whole = scale.ndim <= 1 and scale.shape == zero_point.shape and bool((np.isfinite(scale) & (scale > 0)).all())
+    if dtype not in INTEGER_RANGES or not whole:
         raise GraphError(
-            f"tensor {value.name!r}: its quantization annotation is no grid (scale {scale.shape}, zero point "
-            f"{zero_point.shape} of {dtype}); scales must be positive and zero points of the same shape"
+            f"tensor {value.name!r}: its quantization annotation is no grid (scale {scale.dtype} of shape {scale.shape}, zero "
+            f"point {dtype} of shape {zero_point.shape}); expected positive scales, one or one a channel, and a zero point "
+            f"for each, of {', '.join(INTEGER_RANGES)}: compress the model again"
         )
-    low, high = extra.get("range", (float("nan"), float("nan")))
-    axis = extra.get("axis", 0 if scale.ndim else None)
-    return QuantParams(
-        dtype=dtype,
-        scale=scale.astype(np.float32),
-        zero_point=zero_point.astype(np.int64),
-        axis=axis,
-        narrow_range=extra.get("narrow_range", False),
-        observer=extra.get("observer", ""),
-        low=low,
-        high=high,
-        fixed=extra.get("fixed", not extra),
-    )
+    return described(description, dtype=dtype, scale=scale, zero_point=zero_point, axis=0 if scale.ndim else None)

@@ -65,7 +65,9 @@ def prove_equal(before: ir.Model | Path, after: ir.Model, feeds: Mapping[str, ND
     found = Session(after, optimize=False).run(feeds)
     for name in expected:
         if name not in found:
-            raise GraphError(f"output {name!r} is gone; the rewritten model has {', '.join(found)}: report this as a bug")
+            raise GraphError(
+                f"output {name!r} is gone; the rewritten model has {', '.join(found)}: report this as a bug"
+            )
         problem = difference(expected[name], found[name])
         if problem:
             raise GraphError(

@@ -46,11 +46,12 @@ def roles(node: ir.Node) -> Roles | None:
                 return None
             grouped_transpose = node.op_type == "ConvTranspose" and int_attribute(node, "group", 1) != 1
             axis = None if grouped_transpose else int(node.op_type == "ConvTranspose")
-            return Roles((0,), 1, axis, _bias(node))
+            return Roles((0,), 1, axis, 2 if len(node.inputs) > 2 and is_constant(node.inputs[2]) else None)
         case "Gemm" if is_constant(node.inputs[1]):
             if is_constant(node.inputs[0]) or int_attribute(node, "transA", 0):
                 return None
-            return Roles((0,), 1, 0 if int_attribute(node, "transB", 0) else 1, _bias(node))
+            axis = 0 if int_attribute(node, "transB", 0) else 1
+            return Roles((0,), 1, axis, _row_bias(node, axis))
         case "MatMul" if is_constant(node.inputs[1]) and not is_constant(node.inputs[0]):
             rank = _rank(node.inputs[1])
             return Roles((0,), 1, 1 if rank == 2 else None)
@@ -109,8 +110,9 @@ def layers(model: ir.Model) -> list[Layer]:
 def _layer(node: ir.Node) -> Layer:
     shapes = [dims(value) for value in node.inputs]
     output = dims(node.outputs[0])
-    parameters = sum(math.prod(dims(value) or (0,)) for value in node.inputs if value is not None and is_constant(value))  # type: ignore[type-var]
-    return Layer(node.name or "", node.op_type, shapes[0], output, _macs(node, shapes, output), int(parameters))
+    constants = [value.const_value for value in node.inputs if value is not None and is_constant(value)]
+    parameters = sum(tensor.size for tensor in constants if tensor is not None)
+    return Layer(node.name or "", node.op_type, shapes[0], output, _macs(node, shapes, output), parameters)
 
 
 def _macs(node: ir.Node, shapes: Sequence[tuple[int | None, ...] | None], output: tuple[int | None, ...] | None) -> int:
@@ -135,8 +137,19 @@ def _size(shape: Sequence[int | None]) -> int:
     return math.prod(d if d is not None else 1 for d in shape)
 
 
-def _bias(node: ir.Node) -> int | None:
-    return 2 if len(node.inputs) > 2 and is_constant(node.inputs[2]) else None
+def _row_bias(node: ir.Node, axis: int) -> int | None:
+    """The index of a Gemm's C where it is a constant with one value for each output channel."""
+    weight, bias = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
+    if (
+        bias is None
+        or not is_constant(bias)
+        or bias.const_value is None
+        or weight is None
+        or weight.const_value is None
+    ):
+        return None
+    channels = weight.const_value.shape[axis]
+    return 2 if tuple(bias.const_value.shape) in ((channels,), (1, channels)) else None
 
 
 def _rank(value: ir.Value | None) -> int:

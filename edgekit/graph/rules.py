@@ -8,18 +8,22 @@ from edgekit.graph.operators import LINEAR, Roles, dims, is_constant, is_float, 
 from edgekit.target import Target
 
 
-def quantized_nodes(model: ir.Model, target: Target, *, keep_float: frozenset[str] = frozenset()) -> dict[ir.Node, Roles]:
+def quantized_nodes(
+    model: ir.Model, target: Target, *, keep_float: frozenset[str] = frozenset()
+) -> dict[ir.Node, Roles]:
     """The nodes of the main graph that `target` runs quantized, with the roles of their inputs, in graph order.
 
     1. Linear operators, when the target's rules name them and their weight is a constant (or both inputs are activations).
     2. Lighter operators (Add, Mul, Concat, pools, ...) only downstream of a quantized node: on their own, converting to int8 and
        back costs more than they do.
-    3. An Add only of two tensors of the same shape: attention masks and position codes are not activations.
+    3. An Add only of two tensors that are known to have the same shape: attention masks and position codes are not activations.
 
     Nodes named in `keep_float` are left out.
     """
     chosen: dict[ir.Node, Roles] = {}
-    carries: set[ir.Value] = set()  # values that come from a quantized node, perhaps through operators that pass codes on
+    carries: set[ir.Value] = (
+        set()
+    )  # values that come from a quantized node, perhaps through operators that pass codes on
     for node in model.graph:
         found = _roles_if_ruled(node, target) if node.name not in keep_float else None
         if found is not None and (node.op_type in LINEAR or any(node.inputs[i] in carries for i in found.activations)):
@@ -34,13 +38,17 @@ def passes_on(node: ir.Node, target: Target) -> bool:
     """Whether a node hands its input's codes on: pass-through operators, absorbed activations, and Pad with zeros."""
     if node.domain:
         return False
-    return target.rule_for(node.op_type) == "pass_through" or node.op_type in target.quantization.absorb or pads_with_zero(node)
+    return (
+        target.rule_for(node.op_type) == "pass_through"
+        or node.op_type in target.quantization.absorb
+        or pads_with_zero(node)
+    )
 
 
 def absorbed_output(value: ir.Value, target: Target) -> ir.Value:
     """The value behind the activation functions that run as part of the operator that made `value`."""
     while not value.is_graph_output() and len(value.uses()) == 1:
-        node = value.uses()[0].node
+        node = next(iter(value.uses())).node
         if node.domain or node.op_type not in target.quantization.absorb:
             break
         value = node.outputs[0]
@@ -79,6 +87,8 @@ def _roles_if_ruled(node: ir.Node, target: Target) -> Roles | None:
     found = roles(node)
     if found is None or not all(is_float(node.inputs[i]) for i in found.activations):
         return None
-    if node.op_type == "Add" and dims(node.inputs[0]) != dims(node.inputs[1]):
-        return None
+    if node.op_type == "Add":
+        left, right = dims(node.inputs[0]), dims(node.inputs[1])
+        if left is None or left != right:
+            return None
     return found

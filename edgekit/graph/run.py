@@ -60,7 +60,9 @@ def _open(model: ir.Model | Path, options: ort.SessionOptions) -> ort.InferenceS
     if isinstance(model, Path):
         return ort.InferenceSession(str(model), options, providers=providers)
     if fits_protobuf(model):
-        return ort.InferenceSession(ir.to_proto(self_contained(model)).SerializeToString(), options, providers=providers)
+        return ort.InferenceSession(
+            ir.to_proto(self_contained(model)).SerializeToString(), options, providers=providers
+        )
     with tempfile.TemporaryDirectory(prefix="edgekit-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "model.onnx"
         save_onnx(model, path)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import onnx_ir as ir
 
 from edgekit.graph.annotations import get_params
 from edgekit.graph.operators import Roles, is_constant
 from edgekit.graph.rules import absorbed_output, pads_with_zero, quantized_nodes
-from edgekit.quant.spec import QuantParams
+from edgekit.quant.affine import quantize
+from edgekit.quant.spec import INTEGER_RANGES, QuantParams, same_grid
 from edgekit.target import Target
 
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
+_FLOAT_OUTPUT = ("Gemm", "MatMul")
+"""Operators whose integer kernels come with a float output too."""
 
 
 @dataclass(slots=True)
@@ -20,48 +24,42 @@ class Placement:
     """The decisions for one model and one target.
 
     Attributes:
-        quantized: the nodes that run on codes, with their roles.
-        always: Q/DQ stand on every quantized node's output, and all readers read behind them.
-        redundant: Relu and Clip nodes that the grid of their output replaces.
+        quantized: the nodes that run on codes, with their roles, in graph order.
+        reads: the inputs, as (node, index), that are read as codes.
+        shared: the values that an integer kernel makes: a Q/DQ pair stands on them, and everybody reads behind it.
         integer_pads: Pad nodes that run on codes.
+        redundant: Relu and Clip nodes that saturation replaces; each comes after the node that feeds it.
     """
 
     quantized: dict[ir.Node, Roles]
-    always: bool
-    redundant: list[ir.Node] = field(default_factory=list)
+    reads: set[tuple[ir.Node, int]] = field(default_factory=set)
+    shared: set[ir.Value] = field(default_factory=set)
     integer_pads: set[ir.Node] = field(default_factory=set)
-    _reads: set[tuple[ir.Node, int]] = field(default_factory=set)
-    _pairs: set[ir.Value] = field(default_factory=set)
+    redundant: list[ir.Node] = field(default_factory=list)
 
-    def passes_through_qdq(self, value: ir.Value) -> bool:
-        """Whether a Q/DQ pair stands on a value."""
-        return value in self._pairs
-
-    def reads_quantized(self, value: ir.Value, node: ir.Node, index: int) -> bool:
-        """Whether a reader of a value with a pair reads behind it."""
-        return value in self._pairs and (self.always or (node, index) in self._reads)
+    def readers(self, value: ir.Value) -> list[tuple[ir.Node, int]]:
+        """Who reads behind the Q/DQ pair of `value`."""
+        uses = [(use.node, use.idx) for use in value.uses()]
+        return uses if value in self.shared else [use for use in uses if use in self.reads]
 
 
 def place(model: ir.Model, target: Target, *, keep_float: frozenset[str] = frozenset()) -> Placement:
-    """Decide by the target's rules; a node whose tensors lack a grid stays float."""
-    rules = target.quantization
-    quantized = {
-        node: parts
-        for node, parts in quantized_nodes(model, target, keep_float=keep_float).items()
-        if _has_grids(node, parts)
-    }
-    placement = Placement(quantized, always=rules.output_q == "always")
-    for node, parts in quantized.items():
-        for index in _read_activations(node, parts, target):
-            placement._reads.add((node, index))
-            placement._pairs.add(_input(node, index))
-    _pass_through(model, target, placement)
-    if placement.always:
-        _add_outputs(placement, target)
-        placement.redundant = _redundant(model, target, placement)
-        # The readers of a removed activation's input read the input's new pair.
-        placement._pairs.update(_input(node, 0) for node in placement.redundant)
-        placement._pairs.difference_update(node.outputs[0] for node in placement.redundant)
+    """Decide by the target's rules; a node whose tensors lack a grid stays float.
+
+    With the rule `output_q = "always"` a pair also stands on what quantized nodes make, and on nothing else for the sake of
+    float readers: these read floats where floats are made.
+    """
+    chosen = quantized_nodes(model, target, keep_float=keep_float)
+    placement = Placement({node: parts for node, parts in chosen.items() if _has_grids(node, parts)})
+    for node, parts in placement.quantized.items():
+        placement.reads.update((node, index) for index in _read_activations(node, parts, placement, target))
+    always = target.quantization.output_q == "always"
+    for node in reversed(list(model.graph)):
+        if node.name not in keep_float and _hands_on(node, placement, target):
+            _hand_on(node, placement, target, always=always)
+    if always:
+        for node in placement.quantized:
+            _share_output(node, placement, target, keep_float)
     return placement
 
 
@@ -70,81 +68,118 @@ def _has_grids(node: ir.Node, parts: Roles) -> bool:
     return all(get_params(node.inputs[i]) is not None for i in indices)
 
 
-def _read_activations(node: ir.Node, parts: Roles, target: Target) -> tuple[int, ...]:
-    """The inputs read quantized. Of an Add whose target wants only the skip connection, the one that no convolution feeds."""
+def _read_activations(node: ir.Node, parts: Roles, placement: Placement, target: Target) -> tuple[int, ...]:
+    """The inputs read as codes.
+
+    Of an Add whose target wants only the skip connection on codes, those that no convolution feeds. Where convolutions feed
+    both, the first input stays float: by convention it is the main branch, and the Add runs as the end of its convolution.
+    """
     if node.op_type != "Add" or target.quantization.residual_add == "both":
         return parts.activations
-    fed = [i for i in parts.activations if _fed_by_convolution(_input(node, i))]
-    if not fed:
-        return parts.activations
-    # The later convolution is the one that the Add fuses into.
-    return tuple(i for i in parts.activations if i != fed[0])
+    fed = [index for index in parts.activations if _only_reader_of_convolution(_input(node, index), placement)]
+    return tuple(index for index in parts.activations if index not in fed[:1])
 
 
-def _fed_by_convolution(value: ir.Value) -> bool:
+def _only_reader_of_convolution(value: ir.Value, placement: Placement) -> bool:
     producer = value.producer()
-    return producer is not None and producer.op_type in _CONVOLUTIONS and len(value.uses()) == 1
+    if producer is None or producer not in placement.quantized:
+        return False
+    return producer.op_type in _CONVOLUTIONS and len(value.uses()) == 1 and not value.is_graph_output()
 
 
-def _pass_through(model: ir.Model, target: Target, placement: Placement) -> None:
-    """Operators that only move numbers run on codes where a quantized node reads what they make."""
-    for node in reversed(list(model.graph)):
-        moves = not node.domain and target.rule_for(node.op_type) == "pass_through"
-        pads = target.quantization.integer_pad and pads_with_zero(node)
-        if not (moves or pads) or not node.inputs or get_params(node.inputs[0]) is None or is_constant(node.inputs[0]):
-            continue
-        if any(output in placement._pairs for output in node.outputs) and all(get_params(o) is not None for o in node.outputs):
-            placement._reads.add((node, 0))
-            placement._pairs.add(_input(node, 0))
-            placement._pairs.update(node.outputs)
-            if pads:
-                placement.integer_pads.add(node)
+def _hands_on(node: ir.Node, placement: Placement, target: Target) -> bool:
+    """Whether a node only moves numbers, between grids that exist, and somebody reads what it makes as codes."""
+    moves = not node.domain and target.rule_for(node.op_type) == "pass_through"
+    pads = target.quantization.integer_pad and pads_with_zero(node)
+    if not (moves or pads) or is_constant(node.inputs[0]):
+        return False
+    grids = [get_params(value) for value in (node.inputs[0], *node.outputs)]
+    if any(grid is None for grid in grids) or (pads and not _equal(grids)):
+        return False
+    return any(placement.readers(output) for output in node.outputs) and not _reaches_float_pad(node, target)
 
 
-def _add_outputs(placement: Placement, target: Target) -> None:
-    """Q/DQ on what quantized nodes make: integer kernels need to know the grid of their output.
+def _hand_on(node: ir.Node, placement: Placement, target: Target, *, always: bool) -> None:
+    uses = {(use.node, use.idx) for output in node.outputs for use in output.uses()}
+    all_on_codes = uses <= placement.reads and not any(output.is_graph_output() for output in node.outputs)
+    placement.reads.add((node, 0))
+    if node.op_type == "Pad":
+        placement.integer_pads.add(node)
+    if always:
+        placement.shared.update(node.outputs)
+    elif target.quantization.pass_through_q == "before" and all_on_codes:
+        placement.reads -= uses
 
-    A Gemm or MatMul has kernels with float output too, which are kept where no quantized node reads it.
+
+def _equal(grids: list[QuantParams | None]) -> bool:
+    return all(grid is not None and grids[0] is not None and same_grid(grid, grids[0]) for grid in grids)
+
+
+def _reaches_float_pad(node: ir.Node, target: Target) -> bool:
+    """Whether a Pad in float reads what a node makes, at once or behind others that move numbers.
+
+    A DequantizeLinear in front of it would be moved behind it by the runtime (OpenVINO), which then pads with the wrong number.
     """
-    for node in placement.quantized:
-        for output in node.outputs:
-            value = absorbed_output(output, target)
-            if get_params(value) is not None and node.op_type not in ("Gemm", "MatMul"):
-                placement._pairs.add(value)
+    if target.quantization.integer_pad:
+        return False
+    readers = [use.node for output in node.outputs for use in output.uses() if use.idx == 0]
+    return any(
+        reader.op_type == "Pad" or (target.rule_for(reader.op_type) == "pass_through" and _reaches_float_pad(reader, target))
+        for reader in readers
+    )
 
 
-def _redundant(model: ir.Model, target: Target, placement: Placement) -> list[ir.Node]:
-    found = []
-    for node in model.graph:
-        if node.domain or node.op_type not in target.quantization.drop_redundant or not node.inputs:
+def _share_output(node: ir.Node, placement: Placement, target: Target, keep_float: frozenset[str]) -> None:
+    """Put a pair on what a quantized node makes; activation functions that this makes redundant are left out.
+
+    A Gemm or MatMul has kernels with float output, which are kept where nobody reads codes.
+    """
+    for output in node.outputs:
+        last = absorbed_output(output, target)
+        grid = get_params(last)
+        if grid is None or (node.op_type in _FLOAT_OUTPUT and not placement.readers(last)):
             continue
-        source, output = _input(node, 0), node.outputs[0]
-        producer = source.producer()
-        params = get_params(output)
-        if output in placement._pairs and params is not None and producer in placement.quantized and len(source.uses()) == 1:
-            low, high = _clip_bounds(node)
-            if low <= _real(params, params.qmin) * (1 + 1e-6) and _real(params, params.qmax) <= high * (1 + 1e-6):
-                found.append(node)
-    return found
+        between = _chain(output, last)
+        dropped = target.quantization.drop_redundant
+        if all(one.op_type in dropped and one.name not in keep_float and _saturates(one, grid) for one in between):
+            placement.redundant += between
+            placement.shared.add(output)
+        else:
+            placement.shared.add(last)
 
 
-def _clip_bounds(node: ir.Node) -> tuple[float, float]:
-    """What a Relu or Clip lets through; nothing that a grid could lie in when a bound is computed at run time."""
+def _chain(first: ir.Value, last: ir.Value) -> list[ir.Node]:
+    """The nodes from one value to another, where each value has one reader."""
+    nodes = []
+    while first is not last:
+        nodes.append(next(iter(first.uses())).node)
+        first = nodes[-1].outputs[0]
+    return nodes
+
+
+def _saturates(node: ir.Node, grid: QuantParams) -> bool:
+    """Whether saturation at the ends of a grid does what a Relu or Clip does: its bounds round to the first and last code."""
+    bounds = _clip_bounds(node)
+    if bounds is None:
+        return False
+    codes = quantize(np.array(bounds, np.float32), replace(grid, narrow_range=False))
+    return tuple(int(code) for code in codes) == INTEGER_RANGES[grid.dtype]
+
+
+def _clip_bounds(node: ir.Node) -> tuple[float, float] | None:
+    """What a Relu or Clip lets through; None for another operator, or where a bound is computed at run time."""
     if node.op_type == "Relu":
         return 0.0, float("inf")
+    if node.op_type != "Clip":
+        return None
     bounds = [float("-inf"), float("inf")]
-    for index in (1, 2):
-        value = node.inputs[index] if len(node.inputs) > index else None
+    for index, value in enumerate(node.inputs[1:]):
         if value is None:
             continue
         if not is_constant(value) or value.const_value is None:
-            return float("inf"), float("-inf")
-        bounds[index - 1] = float(value.const_value.numpy())
+            return None
+        bounds[index] = float(value.const_value.numpy().item())
     return bounds[0], bounds[1]
-
-
-def _real(params: QuantParams, code: int) -> float:
-    return float((code - int(params.zero_point)) * float(params.scale))
 
 
 def _input(node: ir.Node, index: int) -> ir.Value:

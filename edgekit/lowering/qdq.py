@@ -2,142 +2,86 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from edgekit.errors import GraphError
 from edgekit.graph.annotations import DTYPES, annotated_values, code_tensor, get_params, set_params
 from edgekit.graph.operators import Roles, is_constant
 from edgekit.lowering.placement import Placement, place
-from edgekit.quant.affine import quantize, regrid
-from edgekit.quant.spec import QuantParams
+from edgekit.lowering.writer import node_name, remove_dead
+from edgekit.quant.affine import TINY, middle_code, quantize, regrid, weight_params
+from edgekit.quant.spec import QuantParams, QuantSpec
 from edgekit.target import Target
 
-_INT32_MAX = 2**31 - 1
+_LARGEST_BIAS = 2**30
+"""In codes; what int32 holds beyond it is left to the sum of products."""
 
 
 def lower_qdq(model: ir.Model, target: Target, *, keep_float: frozenset[str] = frozenset()) -> ir.Model:
     """The annotated `model` as the Quantize/DequantizeLinear graph that `target` asks for.
 
-    1. Activation grids are re-expressed on the target's type.
+    1. Grids are re-expressed on the target's types.
     2. `place` decides which tensors pass through Q/DQ and who reads them, by the target's rules.
-    3. Weights become codes behind a DequantizeLinear; biases too where the target wants int32.
-    4. Q/DQ go in; activation functions that the grid makes redundant go out.
+    3. Activation functions that saturation makes redundant go out.
+    4. Weights become codes behind a DequantizeLinear; biases too where the target wants int32.
+    5. Q/DQ go in on activations.
 
     Nodes in `keep_float` stay float. All attributes are gone from the result.
 
     Raises:
-        GraphError: a trained grid cannot be expressed on this target.
+        GraphError: a trained grid cannot be expressed on this target, or the model's opset has no per-channel Q/DQ.
     """
     model = model.clone()
+    if model.opset_imports.get("", 0) < _OLDEST:
+        raise GraphError(f"the model has opset {model.opset_imports.get('', 0)}; expected {_OLDEST} or later: compress it again")
     _regrid(model, target)
     placement = place(model, target, keep_float=keep_float)
-    for node, parts in placement.quantized.items():
-        _lower_weight(model.graph, node, parts, target)
     for node in placement.redundant:
         _remove_activation(model.graph, node)
-    _lower_activations(model.graph, placement)
+    lowering = _Lowering(model.graph, target)
+    for node, parts in placement.quantized.items():
+        lowering.lower_weight(node, parts)
+    for value in [*model.graph.inputs, *(output for node in model.graph for output in node.outputs)]:
+        lowering.lower_activation(value, placement)
     for value in annotated_values(model.graph):
         set_params(value, None)
-    _remove_dead_initializers(model.graph)
-    model.opset_imports[""] = max(model.opset_imports.get("", 0), target.graph.opset)
+    remove_dead(model)
     return model
 
 
+_OLDEST = 13
+
+
 def _regrid(model: ir.Model, target: Target) -> None:
-    spec = target.quantization.activation.spec
+    rules = target.quantization
     for value in annotated_values(model.graph):
         params = get_params(value)
-        if params is not None and not is_constant(value):
-            set_params(value, regrid(params, spec))
+        assert params is not None
+        try:
+            weight = is_constant(value)
+            set_params(value, _weight_grid(value, params, rules.weight.spec) if weight else regrid(params, rules.activation.spec))
+        except GraphError as error:
+            raise GraphError(f"tensor {value.name!r} cannot be quantized for target {target.name!r}: {error}") from error
 
 
-def _lower_weight(graph: ir.Graph, node: ir.Node, parts: Roles, target: Target) -> None:
-    """Put the weight, and for int32 biases the bias, of a quantized node behind DequantizeLinear."""
-    if parts.weight is None:
-        return
-    weight = node.inputs[parts.weight]
-    assert weight is not None and weight.const_value is not None
-    params = get_params(weight)
-    assert params is not None, "place chooses only nodes whose weight has a grid"
-    real = weight.const_value.numpy().astype(np.float32)
-    bias = node.inputs[parts.bias] if parts.bias is not None else None
-    activation = get_params(node.inputs[parts.activations[0]])
-    if bias is not None and bias.const_value is not None and activation is not None and target.quantization.bias == "int32":
-        bias_real = bias.const_value.numpy().astype(np.float64).reshape(-1)
-        params = _widened_for_bias(params, activation, bias_real)
-        node.replace_input_with(parts.bias or 0, _bias_dequantized(graph, node, bias, bias_real, params, activation))
-    node.replace_input_with(parts.weight, _weight_dequantized(graph, node, weight, real, params))
-
-
-def _widened_for_bias(params: QuantParams, activation: QuantParams, bias: NDArray[np.float64]) -> QuantParams:
-    """Weight scales large enough for the bias to fit int32 on the accumulator's grid (dead channels have tiny ones)."""
-    if params.fixed:
+def _weight_grid(weight: ir.Value, params: QuantParams, spec: QuantSpec) -> QuantParams:
+    """The grid of a constant for a target: the same where it will do, else chosen anew from the constant's numbers."""
+    middle = bool(np.all(params.zero_point == middle_code(params.dtype)))
+    if params.dtype == spec.dtype and (params.axis is None or spec.per_channel) and (middle or not spec.symmetric):
         return params
-    needed = (np.abs(bias) / (float(activation.scale) * (_INT32_MAX // 2))).astype(np.float32)
-    scale = np.maximum(params.scale, needed if params.scale.ndim else needed.max(initial=0.0)).astype(np.float32)
-    return dataclasses.replace(params, scale=scale)
+    if params.fixed:
+        return regrid(params, replace(spec, narrow_range=spec.narrow_range and params.narrow_range))
+    axis = params.axis if spec.per_channel else None
+    return weight_params(_numbers(weight), replace(spec, per_channel=axis is not None), axis=axis, observer=params.observer)
 
 
-def _bias_dequantized(
-    graph: ir.Graph, node: ir.Node, bias: ir.Value, real: NDArray[np.float64], params: QuantParams, activation: QuantParams
-) -> ir.Value:
-    # The product is taken in float32: ONNX Runtime fuses only where scale(bias) == scale(x) * scale(w) to float rounding.
-    scale = (activation.scale * params.scale).astype(np.float32)
-    codes = np.clip(np.rint(real / scale.astype(np.float64)), -_INT32_MAX, _INT32_MAX).astype(np.int64)
-    grid = QuantParams("int32", scale, np.zeros(scale.shape, np.int64), 0 if scale.ndim else None)
-    assert bias.const_value is not None
-    return _dequantized(graph, node, f"{bias.name}_{node.name}", codes.reshape(bias.const_value.shape), grid)
-
-
-def _weight_dequantized(
-    graph: ir.Graph, node: ir.Node, weight: ir.Value, real: NDArray[np.float32], params: QuantParams
-) -> ir.Value:
-    name = weight.name or ""
-    known = graph.initializers.get(f"{name}_quantized")
-    if known is not None and known.uses():
-        shared = known.uses()[0].node
-        same = shared.inputs[1]
-        if same is not None and same.const_value is not None and np.array_equal(same.const_value.numpy(), params.scale):
-            return shared.outputs[0]
-        name = f"{name}_{node.name}"
-    return _dequantized(graph, node, name, quantize(real, params).astype(np.int64), params)
-
-
-def _dequantized(graph: ir.Graph, node: ir.Node, name: str, codes: NDArray[np.int64], params: QuantParams) -> ir.Value:
-    """Codes as an initializer, and a DequantizeLinear before `node` that reads it."""
-    stored = _initializer(graph, f"{name}_quantized", codes, DTYPES[params.dtype])
-    dequantize = ir.node(
-        "DequantizeLinear",
-        [stored, *_grid_inputs(graph, name, params)],
-        {} if params.axis is None else {"axis": params.axis},
-        name=f"{name}/DequantizeLinear",
-    )
-    graph.insert_before(node, dequantize)
-    output = dequantize.outputs[0]
-    output.name = f"{name}_dequantized"
-    output.shape, output.dtype = ir.Shape(codes.shape), ir.DataType.FLOAT
-    return output
-
-
-def _grid_inputs(graph: ir.Graph, name: str, params: QuantParams) -> list[ir.Value]:
-    zero_point = np.broadcast_to(params.zero_point, params.scale.shape)
-    return [
-        _initializer(graph, f"{name}_scale", params.scale, ir.DataType.FLOAT),
-        _initializer(graph, f"{name}_zero_point", zero_point, DTYPES[params.dtype]),
-    ]
-
-
-def _initializer(graph: ir.Graph, name: str, array: NDArray[np.generic], dtype: ir.DataType) -> ir.Value:
-    known = graph.initializers.get(name)
-    if known is not None:
-        return known
-    value = ir.Value(name=name, const_value=code_tensor(np.asarray(array), dtype, name))
-    value.shape, value.dtype = ir.Shape(array.shape), dtype
-    graph.register_initializer(value)
-    return value
+def _numbers(constant: ir.Value) -> NDArray[np.float32]:
+    assert constant.const_value is not None
+    return np.asarray(constant.const_value.numpy(), np.float32)
 
 
 def _remove_activation(graph: ir.Graph, node: ir.Node) -> None:
@@ -151,74 +95,144 @@ def _remove_activation(graph: ir.Graph, node: ir.Node) -> None:
     set_params(source, params)
 
 
-def _lower_activations(graph: ir.Graph, placement: Placement) -> None:
-    coded: dict[ir.Value, ir.Value] = {}  # what a DequantizeLinear makes -> its codes
-    values = [*graph.inputs, *(output for node in list(graph) for output in node.outputs)]
-    for value in values:
-        if placement.passes_through_qdq(value):
-            _insert_pair(graph, value, placement, coded)
+class _Lowering:
+    """Writes Q/DQ into one graph.
+
+    Attributes:
+        codes: what a DequantizeLinear makes -> the codes that it reads.
+    """
+
+    def __init__(self, graph: ir.Graph, target: Target) -> None:
+        self.graph = graph
+        self.integer_bias = target.quantization.bias == "int32"
+        self.codes: dict[ir.Value, ir.Value] = {}
+        values = (value for node in graph.all_nodes() for value in (*node.inputs, *node.outputs) if value is not None)
+        self._taken = {value.name for value in (*graph.inputs, *graph.initializers.values(), *values)}
+        self._weights: dict[tuple[ir.Value, bytes], ir.Value] = {}
+
+    def lower_weight(self, node: ir.Node, parts: Roles) -> None:
+        """Put the constant weight, and where the target wants it the bias, of a quantized node behind DequantizeLinear."""
+        if parts.weight is None:
+            return
+        weight, activation = node.inputs[parts.weight], get_params(node.inputs[parts.activations[0]])
+        params = get_params(weight)
+        assert weight is not None and params is not None and activation is not None, "place chooses only nodes with grids"
+        row = _bias_row(node, parts, weight) if self.integer_bias else None
+        if row is not None:
+            params = _widened(params, activation, row)
+            # The product is taken in float32: ONNX Runtime fuses only where scale(bias) == scale(x) * scale(w) to float rounding.
+            scale = np.asarray(activation.scale * params.scale, np.float32)
+            grid = QuantParams("int32", scale, np.zeros(scale.shape, np.int64), 0 if scale.ndim else None)
+            codes = np.rint(row / scale.astype(np.float64))
+            assert parts.bias is not None and np.all(np.abs(codes) <= 2 * _LARGEST_BIAS)
+            bias = self._constant(node, f"{node_name(node)}_bias", codes, grid)
+            node.replace_input_with(parts.bias, bias)
+        key = (weight, params.scale.tobytes())
+        if key not in self._weights:
+            self._weights[key] = self._constant(node, str(weight.name), quantize(_numbers(weight), params), params)
+        node.replace_input_with(parts.weight, self._weights[key])
+
+    def lower_activation(self, value: ir.Value, placement: Placement) -> None:
+        """Put a Q/DQ pair on a value that somebody reads as codes, or that an integer kernel makes."""
+        readers, params = placement.readers(value), get_params(value)
+        shared = value in placement.shared
+        if not (readers or shared):
+            return
+        assert params is not None and value.name is not None
+        name = value.name
+        is_output = shared and value in self.graph.outputs
+        if is_output:
+            value.name = self._fresh(f"{name}_float")
+        grid = self._grid(name, params)
+        producer = value.producer()
+        if producer is not None and producer in placement.integer_pads:
+            codes = self._pad_codes(producer, grid[1])
+        else:
+            codes = self._node_after(value, ir.node("QuantizeLinear", [value, *grid], name=f"{name}/QuantizeLinear"))
+        codes.name, codes.shape, codes.dtype = self._fresh(f"{name}_quantized"), value.shape, DTYPES[params.dtype]
+        result = self._node_after(codes, ir.node("DequantizeLinear", [codes, *grid], name=f"{name}/DequantizeLinear"))
+        result.name = name if is_output else self._fresh(f"{name}_dequantized")
+        result.shape, result.dtype = value.shape, value.dtype or ir.DataType.FLOAT
+        self.codes[result] = codes
+        for node, index in readers:
+            node.replace_input_with(index, result)
+        if is_output:
+            self.graph.outputs[self.graph.outputs.index(value)] = result
+
+    def _pad_codes(self, pad: ir.Node, zero_point: ir.Value) -> ir.Value:
+        """The same Pad on codes, where zero is the zero point; the float one is left without readers."""
+        assert pad.inputs[0] is not None
+        inputs = [self.codes[pad.inputs[0]], pad.inputs[1], zero_point, *pad.inputs[3:]]
+        codes = ir.node("Pad", inputs, pad.attributes, name=pad.name, metadata_props=dict(pad.metadata_props))
+        return self._node_after(pad.outputs[0], codes)
+
+    def _constant(self, node: ir.Node, name: str, codes: NDArray[np.generic], params: QuantParams) -> ir.Value:
+        """Codes as an initializer, and a DequantizeLinear before `node` that reads it."""
+        stored = self._initializer(f"{name}_quantized", codes, DTYPES[params.dtype])
+        attributes = {} if params.axis is None else {"axis": params.axis}
+        inputs = [stored, *self._grid(name, params)]
+        dequantize = ir.node("DequantizeLinear", inputs, attributes, name=f"{name}/DequantizeLinear")
+        self.graph.insert_before(node, dequantize)
+        result = dequantize.outputs[0]
+        result.name = self._fresh(f"{name}_dequantized")
+        result.shape, result.dtype = ir.Shape(codes.shape), ir.DataType.FLOAT
+        return result
+
+    def _grid(self, name: str, params: QuantParams) -> list[ir.Value]:
+        zero_point = np.broadcast_to(params.zero_point, params.scale.shape)
+        return [
+            self._initializer(f"{name}_scale", params.scale, ir.DataType.FLOAT),
+            self._initializer(f"{name}_zero_point", zero_point, DTYPES[params.dtype]),
+        ]
+
+    def _initializer(self, name: str, array: NDArray[np.generic], dtype: ir.DataType) -> ir.Value:
+        name = self._fresh(name)
+        value = ir.Value(name=name, const_value=code_tensor(np.asarray(array), dtype, name))
+        value.shape, value.dtype = ir.Shape(array.shape), dtype
+        self.graph.register_initializer(value)
+        return value
+
+    def _node_after(self, value: ir.Value, node: ir.Node) -> ir.Value:
+        """Insert a node right behind whatever makes `value`; returns its output."""
+        producer = value.producer()
+        if producer is not None:
+            self.graph.insert_after(producer, node)
+        else:
+            self.graph.insert_before(self.graph[0], node)
+        return node.outputs[0]
+
+    def _fresh(self, name: str) -> str:
+        while name in self._taken:
+            name += "_"
+        self._taken.add(name)
+        return name
 
 
-def _insert_pair(graph: ir.Graph, value: ir.Value, placement: Placement, coded: dict[ir.Value, ir.Value]) -> None:
-    params = get_params(value)
-    assert params is not None
-    readers = [(use.node, use.idx) for use in value.uses() if placement.reads_quantized(value, use.node, use.idx)]
-    becomes_output = value.is_graph_output() and placement.always
-    name = value.name or ""
-    source = value
-    if becomes_output:
-        value.name = f"{name}_float"
-    grid = _grid_inputs(graph, name, params)
-    producer = value.producer()
-    pad = producer if producer is not None and producer in placement.integer_pads else None
-    if pad is not None and pad.inputs[0] is not None and pad.inputs[0] in coded:
-        codes = _pad_codes(graph, pad, coded[pad.inputs[0]], params, name)
-        anchor = codes.producer()
-    else:
-        quantize_node = ir.node("QuantizeLinear", [source, *grid], name=f"{name}/QuantizeLinear")
-        codes = quantize_node.outputs[0]
-        codes.name = f"{name}_quantized"
-        _place_after(graph, source, quantize_node)
-        anchor = quantize_node
-    codes.shape, codes.dtype = value.shape, DTYPES[params.dtype]
-    dequantize_node = ir.node("DequantizeLinear", [codes, *grid], name=f"{name}/DequantizeLinear")
-    output = dequantize_node.outputs[0]
-    output.shape, output.dtype = value.shape, value.dtype or ir.DataType.FLOAT
-    coded[output] = codes
-    assert anchor is not None
-    graph.insert_after(anchor, dequantize_node)
-    for node, index in readers:
-        node.replace_input_with(index, output)
-    if becomes_output:
-        graph.outputs[graph.outputs.index(value)] = output
-        output.name = name
-    else:
-        output.name = f"{name}_dequantized"
-    if pad is not None and not value.uses() and not value.is_graph_output():
-        graph.remove(pad, safe=True)
+def _bias_row(node: ir.Node, parts: Roles, weight: ir.Value) -> NDArray[np.float64] | None:
+    """The bias as one number for each output channel, shape `(C_out,)`; None where it cannot stand on the accumulator's grid."""
+    bias = node.inputs[parts.bias] if parts.bias is not None else None
+    if bias is None or bias.const_value is None:
+        return None
+    if any(node.attributes.get_float(name, 1.0) != 1.0 for name in ("alpha", "beta")):
+        return None
+    numbers = bias.const_value.numpy().astype(np.float64)
+    if numbers.size > 1 and numbers.shape[-1] != numbers.size:
+        return None
+    return np.broadcast_to(numbers.reshape(-1), (_channels(node, parts, weight),))
 
 
-def _pad_codes(graph: ir.Graph, pad: ir.Node, source: ir.Value, params: QuantParams, name: str) -> ir.Value:
-    """The same Pad on codes: zero is the zero point there."""
-    zero = _grid_inputs(graph, name, params)[1]
-    extra = pad.inputs[3:]
-    codes = ir.node("Pad", [source, pad.inputs[1], zero, *extra], {"mode": "constant"}, name=pad.name)
-    codes.outputs[0].name = f"{name}_quantized"
-    graph.insert_after(pad, codes)
-    return codes.outputs[0]
+def _channels(node: ir.Node, parts: Roles, weight: ir.Value) -> int:
+    shape = _numbers(weight).shape
+    if node.op_type == "ConvTranspose":
+        return shape[1] * node.attributes.get_int("group", 1)
+    return shape[0 if parts.weight_axis is None else parts.weight_axis]
 
 
-def _place_after(graph: ir.Graph, value: ir.Value, node: ir.Node) -> None:
-    producer = value.producer()
-    if producer is not None:
-        graph.insert_after(producer, node)
-    else:
-        first = next(iter(graph), None)
-        assert first is not None
-        graph.insert_before(first, node)
+def _widened(params: QuantParams, activation: QuantParams, bias: NDArray[np.float64]) -> QuantParams:
+    """Weight scales large enough for the bias to fit into int32 on the accumulator's grid: dead channels have tiny ones.
 
-
-def _remove_dead_initializers(graph: ir.Graph) -> None:
-    for name, value in list(graph.initializers.items()):
-        if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
-            del graph.initializers[name]
+    Trained grids are no exception: where a bias is this large, half a step of the weight is nothing beside it.
+    """
+    needed = np.maximum(np.abs(bias) / _LARGEST_BIAS, 2 * TINY) / float(activation.scale)
+    lowest = (needed if params.scale.ndim else needed.max(initial=0.0)).astype(np.float32)
+    return replace(params, scale=np.maximum(params.scale, lowest))

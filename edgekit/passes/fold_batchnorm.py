@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgekit.graph.operators import LINEAR, int_attribute, is_constant, roles
+from edgekit.graph.annotations import all_values, fresh_name, get_params, set_params
+from edgekit.graph.operators import LINEAR, Roles, int_attribute, is_constant, roles
+from edgekit.quant.spec import QuantParams
 
 F64 = NDArray[np.float64]
 
@@ -20,7 +24,9 @@ def fold_batchnorm(model: ir.Model) -> ir.Model:
     2. `bias' = (bias - mean) * factor + beta`, with bias 0 where there is none.
 
     It is exact up to float rounding, and computed in float64. A BatchNorm stays where the linear operator's output has another
-    reader, is a graph output, or where a parameter is not constant. A MatMul becomes one followed by an Add of the bias.
+    reader, a grid, or is a graph output, or where a parameter is not constant. A MatMul becomes one followed by an Add of the
+    bias. Weights that several operators share are folded into a copy for each. A trained symmetric grid of the weight is
+    scaled along: the codes stay, but for the sign of channels with a negative factor.
 
     Reference: Ioffe and Szegedy 2015, arXiv:1502.03167; folding as in Jacob et al. 2017, arXiv:1712.05877, section 3.2.
     """
@@ -40,12 +46,18 @@ def _foldable(batchnorm: ir.Node) -> ir.Node | None:
         return None
     if len(data.uses()) != 1 or data.is_graph_output() or any(out.uses() for out in batchnorm.outputs[1:]):
         return None
-    if int_attribute(batchnorm, "training_mode", 0) or not all(is_constant(value) for value in batchnorm.inputs[1:5]):
+    if (
+        get_params(data) is not None
+        or int_attribute(batchnorm, "training_mode", 0)
+        or not all(is_constant(v) for v in batchnorm.inputs[1:5])
+    ):
         return None
     parts = roles(linear)
     if parts is None or parts.weight is None:
         return None
     if len(linear.inputs) > 2 and linear.inputs[2] is not None and parts.bias is None:
+        return None
+    if not _can_scale(get_params(linear.inputs[parts.weight]), parts):
         return None
     if linear.op_type == "Gemm" and (_float(linear, "alpha") != 1.0 or _float(linear, "beta") != 1.0):
         return None
@@ -67,26 +79,53 @@ def _fold(graph: ir.Graph, linear: ir.Node, batchnorm: ir.Node) -> None:
     bias = _array(linear.inputs[parts.bias]).reshape(-1) if parts.bias is not None else np.zeros_like(mean)
     bias = (bias - mean) * factor + beta
     dtype = weight_value.const_value.dtype
-    # Named after the linear operator: the weight may be shared, or be named after what it was before.
-    linear.replace_input_with(parts.weight, _constant(graph, f"{weight_value.name}.folded", weight, dtype))
+    folded = _constant(graph, f"{weight_value.name}.folded", weight, dtype)
+    set_params(folded, _scaled_params(get_params(weight_value), parts.weight_axis, factor))
+    linear.replace_input_with(parts.weight, folded)
+    # Named after the linear operator: a bias may be shared, or be named after what it was before.
     bias_value = _constant(graph, f"{linear.name or weight_value.name}.bias.folded", bias, dtype)
+    _attach_bias(graph, linear, batchnorm, bias_value)
+    unused = {value for value in (weight_value, *batchnorm.inputs[1:]) if value is not None}
+    for value in unused:
+        if value.is_initializer() and not value.uses() and not value.is_graph_output():
+            del graph.initializers[value.name or ""]
+
+
+def _attach_bias(graph: ir.Graph, linear: ir.Node, batchnorm: ir.Node, bias: ir.Value) -> None:
+    """Give `linear` its bias and the place, name and shape of `batchnorm`, which goes."""
     result, output = linear.outputs[0], batchnorm.outputs[0]
     if linear.op_type == "MatMul":
-        add = ir.node("Add", [result, bias_value], name=f"{linear.name}/bias")
-        add.outputs[0].shape, add.outputs[0].dtype = output.shape, output.dtype
+        add = ir.node("Add", [result, bias], name=f"{linear.name}/bias")
         graph.insert_after(linear, add)
         result = add.outputs[0]
     else:
         if len(linear.inputs) < 3:
             linear.resize_inputs(3)
-        linear.replace_input_with(2, bias_value)
+        linear.replace_input_with(2, bias)
+    result.shape, result.type = output.shape, output.type
+    set_params(result, get_params(output))
     name = output.name
     output.replace_all_uses_with(result, replace_graph_outputs=True)
     graph.remove(batchnorm, safe=True)
     result.name = name
-    for value in (weight_value, *batchnorm.inputs):
-        if value is not None and value.name in graph.initializers and not value.uses() and not value.is_graph_output():
-            del graph.initializers[value.name]
+
+
+def _can_scale(params: QuantParams | None, parts: Roles) -> bool:
+    if params is None:
+        return True
+    along = parts.weight_axis is not None and params.axis in (None, parts.weight_axis)
+    return along and params.dtype.startswith("int") and not params.zero_point.any()
+
+
+def _scaled_params(params: QuantParams | None, axis: int | None, factor: F64) -> QuantParams | None:
+    if params is None:
+        return None
+    scale = (params.scale * np.abs(factor)).astype(np.float32)
+    scale = np.where(scale > 0, scale, params.scale).astype(np.float32)  # channels that a factor of 0 clears
+    unknown = float("nan")
+    return dataclasses.replace(
+        params, scale=scale, zero_point=np.zeros(scale.shape, np.int64), axis=axis, low=unknown, high=unknown
+    )
 
 
 def _scaled(linear: ir.Node, weight: F64, axis: int | None, factor: F64) -> F64:
@@ -100,8 +139,7 @@ def _scaled(linear: ir.Node, weight: F64, axis: int | None, factor: F64) -> F64:
 
 
 def _constant(graph: ir.Graph, name: str, array: F64, dtype: ir.DataType) -> ir.Value:
-    while name in graph.initializers:
-        name += "_"
+    name = fresh_name(name, {value.name for value in all_values(graph)})
     value = ir.Value(name=name, const_value=ir.tensor(array.astype(dtype.numpy()), dtype=dtype, name=name))
     value.shape, value.dtype = ir.Shape(array.shape), dtype
     graph.register_initializer(value)

@@ -2,196 +2,281 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes import common
 
 from edgekit.errors import GraphError
-from edgekit.graph.annotations import get_params, set_params
-from edgekit.graph.operators import is_constant
+from edgekit.graph.annotations import METADATA, all_values, described, fresh_name, get_params, set_params
+from edgekit.graph.operators import int_attribute, is_constant
 from edgekit.quant.affine import dequantize
 from edgekit.quant.spec import INTEGER_RANGES, QuantParams, same_grid
 
-METADATA = "edgekit.quant"
-_CODES_PASS = (
-    "MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Gather", "Split", "Identity", "Pad", "Concat",
-    "DepthToSpace", "SpaceToDepth", "Resize", "Expand", "Tile",
+_MOVE_CODES = (
+    "MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Gather", "Identity", "Pad", "Concat",
+    "DepthToSpace", "SpaceToDepth", "Expand", "Tile",
 )  # fmt: skip
+_PAIR = ("QuantizeLinear", "DequantizeLinear")  # a node and what stands before it
 
 
 def fold_fake_quant(model: ir.Model) -> ir.Model:
     """Any Quantize/DequantizeLinear graph becomes a float graph whose tensors carry the grids.
 
-    1. `x -> Q -> DQ`: both nodes go, the grid becomes an attribute of `x`.
+    1. `x -> Q -> DQ`: both nodes go, the grid becomes an attribute of `x`. The same for `x -> edgekit::FakeQuant`.
     2. constant codes -> DQ: the constant becomes float, on its grid; int32 codes (biases) become plain floats.
     3. `Q -> Pad / Reshape / MaxPool / ... on codes -> DQ`: the operator runs on floats, and its output is on the same grid.
+    4. `DQ -> Q` on another grid: the second grid goes to a copy (Identity) of the tensor.
 
-    Grids found this way are marked fixed: they were trained, or chosen by somebody, and are not moved later.
+    Grids found this way are marked fixed: they were trained, or chosen by somebody, and are not moved later. Those of
+    `insert_qdq` come back as they were.
 
     Raises:
-        GraphError: two grids on one tensor, a Q and a DQ that differ, or an operator that computes on codes (QLinearConv ...).
+        GraphError: two grids on one tensor, a Q and a DQ that differ, or an operator that computes on codes
+            (QLinearConv ...).
     """
     model = model.clone()
-    graph = model.graph
-    floats: dict[ir.Value, ir.Value] = {}  # a value that holds codes -> the float value that it stands for
-    for node in list(graph):
-        kind = node.op_type if node.domain in ("", "com.microsoft") else ""
-        if kind == "QuantizeLinear":
-            _annotate(node.inputs[0], _grid(node), node)
-            floats[node.outputs[0]] = _required(node, 0)
-        elif kind == "DequantizeLinear":
-            _fold_dequantize(graph, node, floats)
-        elif any(value in floats for value in node.inputs if value is not None):
-            _run_on_floats(graph, node, floats)
-    _remove_dead(graph)
+    taken = {value.name for value in all_values(model.graph)}
+    fold = _Fold(model.graph, taken, {node for node in model.graph if _requantizes(node)})
+    for node in list(model.graph):
+        if node.op_type == "FakeQuant" and node.domain == "edgekit":
+            fold.fake_quant(node)
+        elif node.domain not in ("", "com.microsoft"):
+            continue
+        elif node.op_type == "QuantizeLinear":
+            fold.quantize(node)
+        elif node.op_type == "DequantizeLinear":
+            fold.dequantize(node)
+        elif node.op_type.startswith("QLinear") or node.op_type.endswith("Integer"):
+            raise GraphError(
+                f"node {node.name!r} ({node.op_type}) computes on codes; only Quantize/DequantizeLinear graphs can be folded: "
+                "give the float model, or the file before it was turned into integer operators"
+            )
+    common.RemoveUnusedNodesPass()(model)
     return model
 
 
-def _fold_dequantize(graph: ir.Graph, node: ir.Node, floats: dict[ir.Value, ir.Value]) -> None:
-    codes, output = _required(node, 0), node.outputs[0]
-    params = _grid(node)
-    if codes in floats:
-        value = floats[codes]
-        _annotate(value, params, node)
-    elif is_constant(codes):
-        value = _dequantized_constant(graph, codes, params)
+@dataclass(slots=True)
+class _Fold:
+    """What is known while a graph is folded.
+
+    Attributes:
+        graph: that is folded.
+        taken: the names in use.
+        requantizing: Quantize nodes that read a Dequantize.
+        floats: a value that holds codes -> the float value that it stands for.
+        constants: constant codes -> the floats made of them, one for each grid.
+        origin: a value with a grid -> the node that said so.
+    """
+
+    graph: ir.Graph
+    taken: set[str | None]
+    requantizing: set[ir.Node]
+    floats: dict[ir.Value, ir.Value] = field(default_factory=dict)
+    constants: dict[ir.Value, list[tuple[QuantParams, ir.Value]]] = field(default_factory=dict)
+    origin: dict[ir.Value, str] = field(default_factory=dict)
+
+    def quantize(self, node: ir.Node) -> None:
+        source = self._tensor_for(node, grid(node))
+        self.floats[node.outputs[0]] = source
+
+    def dequantize(self, node: ir.Node) -> None:
+        params = grid(node)
+        self._replace(node, self._float_of(_input(node, 0), params, node))
+
+    def fake_quant(self, node: ir.Node) -> None:
+        self._replace(node, self._tensor_for(node, _symbolic_grid(node)))
+
+    def _tensor_for(self, node: ir.Node, params: QuantParams) -> ir.Value:
+        """The tensor that a Quantize quantizes, with its grid; a copy where an earlier pair gave it another one."""
+        source = _input(node, 0)
+        saturate = source.producer()
+        if saturate is not None and saturate.op_type == "Max" and METADATA in saturate.metadata_props:
+            source = _input(saturate, 0)  # what `insert_qdq` puts before a narrow grid
+        old = get_params(source)
+        if old is not None and not same_grid(old, params) and node in self.requantizing:
+            copy = ir.node("Identity", [source], name=f"{node.name}/Identity")
+            copy.outputs[0].name = fresh_name(f"{source.name}_requantized", self.taken)
+            copy.outputs[0].shape, copy.outputs[0].type = source.shape, source.type
+            self.graph.insert_before(node, copy)
+            source = copy.outputs[0]
+        self._annotate(source, params, node)
+        return source
+
+    def _float_of(self, codes: ir.Value, params: QuantParams, node: ir.Node) -> ir.Value:
+        """The float tensor that codes on a grid stand for."""
+        if codes in self.floats:
+            self._annotate(self.floats[codes], params, node)
+        elif is_constant(codes):
+            return self._constant(codes, params, node)
+        else:
+            self.floats[codes] = self._moved(codes, params, node)
+        return self.floats[codes]
+
+    def _moved(self, codes: ir.Value, params: QuantParams, node: ir.Node) -> ir.Value:
+        """The output of an operator that moves codes around, moving floats instead."""
+        mover = codes.producer()
+        moves = mover is not None and not mover.domain and mover.op_type in _MOVE_CODES and len(mover.outputs) == 1
+        if mover is None or not moves or params.axis is not None:
+            made_by = "the caller" if mover is None else f"{mover.name!r} ({mover.op_type})"
+            raise GraphError(
+                f"DequantizeLinear {node.name!r} reads {codes.name!r}, which {made_by} makes; only tensors that QuantizeLinear made "
+                "can be folded, or one-grid tensors moved by Reshape, Pad and their like: give the float model"
+            )
+        moved = len(mover.inputs) if mover.op_type == "Concat" else 1
+        inputs = [
+            self._float_of(_input(mover, i), params, node) if i < moved else v for i, v in enumerate(mover.inputs)
+        ]
+        if mover.op_type == "Pad":
+            inputs = [*inputs, None, None][: max(3, len(inputs))]
+            inputs[2] = self._pad_value(inputs[2], params, mover)
+        floating = ir.node(mover.op_type, inputs, mover.attributes, name=mover.name)
+        floating.metadata_props.update(mover.metadata_props)
+        output = floating.outputs[0]
+        output.name = fresh_name((codes.name or "").removesuffix("_quantized"), self.taken)
+        output.shape, output.type = codes.shape, ir.TensorType(ir.DataType.FLOAT)
+        self.graph.insert_after(mover, floating)
+        self._annotate(output, params, node)
+        return output
+
+    def _pad_value(self, value: ir.Value | None, params: QuantParams, pad: ir.Node) -> ir.Value:
+        if value is not None and not is_constant(value):
+            raise GraphError(f"Pad {pad.name!r} pads codes with a value computed at run time; it cannot be folded")
+        code = np.zeros((), np.int64) if value is None else _array(value).astype(np.int64).reshape(())
+        return self._register(f"{pad.name}_value", dequantize(code, params), ir.DataType.FLOAT)
+
+    def _constant(self, codes: ir.Value, params: QuantParams, node: ir.Node) -> ir.Value:
+        for known, value in self.constants.setdefault(codes, []):
+            if same_grid(known, params):
+                return value
+        real = dequantize(_array(codes).astype(np.int64), params)
+        scale_type = _input(node, 1).dtype or ir.DataType.FLOAT
+        value = self._register((codes.name or "").removesuffix("_quantized"), real, scale_type)
+        if params.dtype != "int32":
+            self._annotate(value, params, node)
+        self.constants[codes].append((params, value))
+        return value
+
+    def _register(self, name: str, array: NDArray[np.float32], dtype: ir.DataType) -> ir.Value:
+        name = fresh_name(name, self.taken)
+        value = ir.Value(name=name, const_value=ir.tensor(array.astype(dtype.numpy()), dtype=dtype, name=name))
+        value.shape, value.dtype = ir.Shape(array.shape), dtype
+        self.graph.register_initializer(value)
+        return value
+
+    def _annotate(self, value: ir.Value, params: QuantParams, node: ir.Node) -> None:
+        old = get_params(value)
+        if old is None:
+            set_params(value, params)
+            self.origin[value] = node.name or ""
+        elif not same_grid(old, params):
+            raise GraphError(
+                f"tensor {value.name!r} is quantized on two grids: {_text(old)} at {self.origin.get(value, 'its annotation')!r} and "
+                f"{_text(params)} at {node.name!r}; give it one"
+            )
+
+    def _replace(self, node: ir.Node, value: ir.Value) -> None:
+        """Let the readers of a Dequantize read `value`; a graph output's name goes to what it was computed from."""
+        output = node.outputs[0]
+        if output.is_graph_output():
+            if value.producer() is None or value.is_graph_output():
+                identity = ir.node("Identity", [value], name=f"{node.name}/Identity")
+                identity.outputs[0].shape, identity.outputs[0].type = output.shape, output.type
+                self.graph.insert_after(node, identity)
+                value = identity.outputs[0]
+            name, output.name = output.name, None
+            value.name = name
+        output.replace_all_uses_with(value, replace_graph_outputs=True)
+
+
+def grid(node: ir.Node) -> QuantParams:
+    """The grid that a Quantize- or DequantizeLinear node states.
+
+    Raises:
+        GraphError: it is computed at run time, in blocks, or of another type than `INTEGER_RANGES`.
+    """
+    scale = _parameter(node, 1).astype(np.float32)
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        zero_point = _parameter(node, 2)
+        known = _input(node, 2).dtype
     else:
-        raise GraphError(
-            f"DequantizeLinear {node.name!r} reads {codes.name!r}, which no QuantizeLinear made; only Quantize/DequantizeLinear graphs "
-            "can be folded, not integer operators"
-        )
-    if not output.is_graph_output():
-        output.replace_all_uses_with(value)
-        return
-    if value.is_graph_input() or value.is_graph_output():
-        identity = ir.node("Identity", [value], name=f"{node.name}/Identity")
-        graph.insert_after(node, identity)
-        identity.outputs[0].shape, identity.outputs[0].dtype = output.shape, output.dtype
-        value = identity.outputs[0]
-    name = output.name
-    output.replace_all_uses_with(value, replace_graph_outputs=True)
-    output.name, value.name = None, name
-
-
-def _run_on_floats(graph: ir.Graph, node: ir.Node, floats: dict[ir.Value, ir.Value]) -> None:
-    """Let an operator that moved codes around move floats instead."""
-    if node.op_type not in _CODES_PASS or node.domain:
-        raise GraphError(
-            f"node {node.name!r} ({node.op_type}) computes on codes; only Quantize/DequantizeLinear graphs can be folded, not QOperator files"
-        )
-    params = None
-    for index, value in enumerate(node.inputs):
-        if value is not None and value in floats:
-            params = get_params(floats[value])
-            node.replace_input_with(index, floats[value])
-    assert params is not None
-    if node.op_type == "Pad" and len(node.inputs) > 2 and node.inputs[2] is not None:
-        _pad_with_real_number(graph, node, params)
-    for output in node.outputs:
-        output.dtype = ir.DataType.FLOAT
-        floats[output] = output
-        set_params(output, params)
-
-
-def _pad_with_real_number(graph: ir.Graph, node: ir.Node, params: QuantParams) -> None:
-    value = _required(node, 2)
-    if not is_constant(value) or value.const_value is None:
-        raise GraphError(f"Pad {node.name!r} pads codes with a value computed at run time; it cannot be folded")
-    real = dequantize(value.const_value.numpy().astype(np.int64), params).astype(np.float32)
-    name = f"{value.name}_float"
-    if name not in graph.initializers:
-        graph.register_initializer(ir.Value(name=name, const_value=ir.tensor(real, name=name)))
-    node.replace_input_with(2, graph.initializers[name])
-
-
-def _dequantized_constant(graph: ir.Graph, codes: ir.Value, params: QuantParams) -> ir.Value:
-    assert codes.const_value is not None and codes.name is not None
-    real = dequantize(codes.const_value.numpy().astype(np.int64), params).astype(np.float32)
-    name = codes.name.removesuffix("_quantized")
-    if name == codes.name or name in graph.initializers:
-        name = f"{codes.name}_float"
-    known = graph.initializers.get(name)
-    if known is not None:
-        _annotate(known, params, None)
-        return known
-    value = ir.Value(name=name, const_value=ir.tensor(real, name=name))
-    value.shape, value.dtype = ir.Shape(real.shape), ir.DataType.FLOAT
-    graph.register_initializer(value)
-    if params.dtype != "int32":
-        set_params(value, params)
-    return value
-
-
-def _annotate(value: ir.Value | None, params: QuantParams, node: ir.Node | None) -> None:
-    assert value is not None
-    old = get_params(value)
-    if old is not None and not same_grid(old, params):
-        raise GraphError(
-            f"tensor {value.name!r} is quantized on two grids: scale {old.scale}, zero point {old.zero_point} ({old.dtype}) and scale "
-            f"{params.scale}, zero point {params.zero_point} ({params.dtype}) at {node.name if node else 'another node'!r}; give it one"
-        )
-    if old is None:
-        set_params(value, params)
-
-
-def _grid(node: ir.Node) -> QuantParams:
-    """The grid that a Quantize- or DequantizeLinear node states."""
-    scale = _constant(node, 1).astype(np.float32)
-    has_zero_point = len(node.inputs) > 2 and node.inputs[2] is not None
-    if has_zero_point:
-        zero_value = _required(node, 2)
-        assert zero_value.const_value is not None
-        dtype = zero_value.const_value.dtype.name.lower()
-        zero_point = _constant(node, 2).astype(np.int64)
-    else:
-        codes = node.inputs[0] if node.op_type == "DequantizeLinear" else node.outputs[0]
-        dtype = codes.dtype.name.lower() if codes is not None and codes.dtype is not None else "uint8"
         zero_point = np.zeros(scale.shape, np.int64)
+        codes = node.inputs[0] if node.op_type == "DequantizeLinear" else node.outputs[0]
+        stated = int_attribute(node, "output_dtype", 0) if node.op_type == "QuantizeLinear" else 0
+        known = ir.DataType(stated) if stated else codes.dtype if codes is not None else None
+    dtype = "uint8" if known is None else known.name.lower()
     if dtype not in INTEGER_RANGES:
-        raise GraphError(f"node {node.name!r} ({node.op_type}) has codes of type {dtype}; edgekit folds {', '.join(INTEGER_RANGES)}")
-    if "block_size" in node.attributes and node.attributes["block_size"].as_int():
-        raise GraphError(f"node {node.name!r} ({node.op_type}) is quantized in blocks; blocked grids cannot be folded yet")
-    if scale.size == 1:
-        scale, zero_point, axis = scale.reshape(()), zero_point.reshape(()), None
-    else:
-        axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
-        axis = axis % len(node.inputs[0].shape) if axis < 0 and node.inputs[0] is not None and node.inputs[0].shape is not None else axis
-    extra = json.loads(node.metadata_props.get(METADATA, "{}"))
-    low, high = extra.get("range", (float("nan"), float("nan")))
-    return QuantParams(
-        dtype=dtype,
-        scale=scale,
-        zero_point=zero_point,
-        axis=axis,
-        narrow_range=extra.get("narrow_range", False),
-        observer=extra.get("observer", "" if extra else "fake_quant"),
-        low=low,
-        high=high,
-        fixed=extra.get("fixed", not extra),
+        raise GraphError(
+            f"node {node.name!r} ({node.op_type}) has codes of type {dtype}; edgekit folds {', '.join(INTEGER_RANGES)}"
+        )
+    if int_attribute(node, "block_size", 0):
+        raise GraphError(
+            f"node {node.name!r} ({node.op_type}) is quantized in blocks; only one grid for a tensor or a channel can be folded"
+        )
+    return _params(node, dtype, scale, zero_point, int_attribute(node, "axis", 1))
+
+
+def _symbolic_grid(node: ir.Node) -> QuantParams:
+    """The grid of an `edgekit::FakeQuant(x, scale, zero_point, axis, qmin, qmax)`."""
+    bounds = int_attribute(node, "qmin", 0), int_attribute(node, "qmax", 255)
+    for dtype, (qmin, qmax) in INTEGER_RANGES.items():
+        if bounds in ((qmin, qmax), (qmin + 1, qmax)):
+            axis = int_attribute(node, "axis", 1)
+            params = _params(node, dtype, _parameter(node, 1), _parameter(node, 2), axis)
+            return dataclasses.replace(params, narrow_range=bounds[0] != qmin)
+    raise GraphError(
+        f"node {node.name!r} (FakeQuant) has codes from {bounds[0]} to {bounds[1]}, which no integer type has"
     )
 
 
-def _constant(node: ir.Node, index: int) -> np.ndarray:
+def _params(
+    node: ir.Node, dtype: str, scale: NDArray[np.generic], zero_point: NDArray[np.generic], axis: int
+) -> QuantParams:
+    description = node.metadata_props.get(METADATA, "")
+    per_channel = scale.size > 1 or "axis" in json.loads(description or "{}")
+    if not per_channel:
+        scale, zero_point = scale.reshape(()), zero_point.reshape(())
+    elif axis < 0:
+        shape = _input(node, 0).shape
+        if shape is None:
+            raise GraphError(
+                f"node {node.name!r} ({node.op_type}) counts its axis from the end of a tensor of unknown rank"
+            )
+        axis %= len(shape)
+    found = described(description, dtype=dtype, scale=scale, zero_point=zero_point, axis=axis if per_channel else None)
+    return found if description else dataclasses.replace(found, observer="fake_quant")
+
+
+def _parameter(node: ir.Node, index: int) -> NDArray[np.generic]:
     value = node.inputs[index]
-    if value is None or not is_constant(value) or value.const_value is None:
+    if value is None or not is_constant(value):
         raise GraphError(
-            f"node {node.name!r} ({node.op_type}) takes its {'scale' if index == 1 else 'zero point'} from a computed value: dynamic "
-            "quantization cannot be folded into attributes"
+            f"node {node.name!r} ({node.op_type}) takes its {'scale' if index == 1 else 'zero point'} from a computed value: "
+            "dynamic quantization cannot be folded into attributes; give the float model"
         )
+    return _array(value)
+
+
+def _array(value: ir.Value) -> NDArray[np.generic]:
+    assert value.const_value is not None
     return value.const_value.numpy()
 
 
-def _required(node: ir.Node, index: int) -> ir.Value:
+def _input(node: ir.Node, index: int) -> ir.Value:
     value = node.inputs[index]
     assert value is not None
     return value
 
 
-def _remove_dead(graph: ir.Graph) -> None:
-    for node in reversed(list(graph)):
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and not any(o.uses() or o.is_graph_output() for o in node.outputs):
-            graph.remove(node, safe=True)
-    for name, value in list(graph.initializers.items()):
-        if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
-            del graph.initializers[name]
+def _requantizes(node: ir.Node) -> bool:
+    source = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+    return source is not None and (node.op_type, source.op_type) in (_PAIR, ("FakeQuant", "FakeQuant"))
+
+
+def _text(params: QuantParams) -> str:
+    scale = f"{params.scale.min():.6g}" + (f" to {params.scale.max():.6g}" if params.scale.size > 1 else "")
+    return f"{params.dtype}, scale {scale}, zero point {np.unique(params.zero_point).tolist()}"

@@ -42,13 +42,13 @@ def _replace(graph: ir.Graph, mean: ir.Node) -> None:
     new_nodes = [pool]
     pooled = pool.outputs[0]
     pooled.shape = ir.Shape([*list(data.shape)[:2], *[1] * (len(data.shape) - 2)])
-    pooled.dtype = output.dtype
+    pooled.type = output.type
     result = pooled
     if not int_attribute(mean, "keepdims", 1):
         pooled.name = f"{output.name}_pooled"
         flatten = ir.node("Flatten", [pooled], {"axis": 1}, name=f"{mean.name}/Flatten")
         result = flatten.outputs[0]
-        result.shape, result.dtype = output.shape, output.dtype
+        result.shape, result.type = output.shape, output.type
         new_nodes.append(flatten)
     graph.insert_after(mean, new_nodes)
     name = output.name

@@ -47,7 +47,9 @@ def _groups(model: ir.Model, target: Target) -> list[list[ir.Value]]:
         return value
 
     for node in model.graph:
-        tied = [value for value in shares_grid(node, target) if get_params(value) is not None or get_wish(value) is not None]
+        tied = [
+            value for value in shares_grid(node, target) if get_params(value) is not None or get_wish(value) is not None
+        ]
         for value in tied[1:]:
             leader[find(value)] = find(tied[0])
     groups: dict[ir.Value, list[ir.Value]] = {}

@@ -56,7 +56,7 @@ def compress(
     model: str | Callable[[], object] | None = None,
     samples: int = DEFAULT_SAMPLES,
     target: str = PORTABLE,
-    calibrator: str = "kld",
+    calibrator: str = "mse",
     evaluate: str | Path | Callable[[Runner], float] | None = None,
     preprocess: Preprocess | None = None,
     trust_checkpoint: bool = False,
@@ -72,7 +72,7 @@ def compress(
         model: what makes the `nn.Module` that a checkpoint's weights go into.
         samples: how many calibrate; more are held back to verify exports with.
         target: compress for one target, or "portable" for all.
-        calibrator: "minmax", "percentile" or "kld".
+        calibrator: "minmax", "percentile", "mse" or "kld".
         evaluate: a metric or labelled data; see `edgekit.metric.open_metric`.
         preprocess: for images.
         trust_checkpoint: open checkpoints that run pickled code.
