@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from edgekit.data import Batch
 from edgekit.errors import DataError
 from edgekit.graph.annotations import all_values, get_params, get_wish, set_params
 from edgekit.graph.operators import is_constant
 from edgekit.graph.rules import shares_grid
-from edgekit.graph.run import Session
+from edgekit.graph.run import Session, with_outputs
 from edgekit.quant.affine import choose_params, weight_params
 from edgekit.quant.estimators import get_estimator
 from edgekit.quant.observers import HistogramObserver
@@ -43,7 +44,7 @@ def calibrate(
         on_batch: told the number of samples after each batch.
 
     Raises:
-        DataError: no samples, or a tensor becomes NaN or Inf.
+        DataError: no samples though a tensor needs some, or a tensor becomes NaN or Inf.
     """
     choose = get_estimator(estimator)
     model = model.clone()
@@ -69,13 +70,20 @@ def _calibrate_weights(graph: ir.Graph) -> None:
 
 
 def _to_observe(model: ir.Model, target: Target) -> list[ir.Value]:
-    """The wished activations, without those that hold only numbers of another one: outputs of operators that share a grid."""
-    derived = {output for node in model.graph if shares_grid(node, target) for output in node.outputs}
+    """The wished activations, without those that hold only numbers of observed ones: see `_only_moves`."""
+    derived = {output for node in model.graph if _only_moves(node, target) for output in node.outputs}
     return [
         value
         for value in all_values(model.graph)
         if get_wish(value) is not None and get_params(value) is None and not is_constant(value) and value not in derived
     ]
+
+
+def _only_moves(node: ir.Node, target: Target) -> bool:
+    """Whether all that a node makes stands in inputs of the same grid already; a constant's numbers do not."""
+    tied = shares_grid(node, target)
+    sources = node.inputs if node.op_type in target.quantization.unify else node.inputs[:1]
+    return bool(tied) and all(value in tied for value in sources)
 
 
 def _observe(
@@ -86,10 +94,12 @@ def _observe(
     threads: int,
     on_batch: Callable[[int], None] | None,
 ) -> dict[ir.Value, HistogramObserver]:
+    if not values:
+        return {}
     observers = {value: HistogramObserver() for value in values}
     inputs = {value.name: value for value in values if value.is_graph_input()}
     computed = [value for value in values if not value.is_graph_input()]
-    session = Session(_with_outputs(model, computed), optimize=True, threads=threads)
+    session = Session(with_outputs(model, {value.name or "" for value in computed}), optimize=True, threads=threads)
     seen = 0
     for batch in batches:
         for name, value in inputs.items():
@@ -106,19 +116,10 @@ def _observe(
     return observers
 
 
-def _update(observer: HistogramObserver, array: np.ndarray, value: ir.Value) -> None:
+def _update(observer: HistogramObserver, array: NDArray[np.generic], value: ir.Value) -> None:
     try:
         observer.update(array)
     except DataError as error:
         raise DataError(
             f"tensor {value.name!r} becomes NaN or Inf during calibration ({error}); check the checkpoint and the preprocessing"
         ) from error
-
-
-def _with_outputs(model: ir.Model, values: list[ir.Value]) -> ir.Model:
-    """A copy with more outputs: its node outputs are found again by name."""
-    names = {value.name for value in values}
-    copy = model.clone()
-    present = {value.name for value in copy.graph.outputs}
-    copy.graph.outputs.extend(v for v in all_values(copy.graph) if v.name in names and v.name not in present)
-    return copy

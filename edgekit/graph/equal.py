@@ -10,10 +10,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgekit.errors import GraphError
-from edgekit.graph.annotations import all_values
 from edgekit.graph.io import load_onnx
 from edgekit.graph.operators import FLOATS
-from edgekit.graph.run import Arrays, Session
+from edgekit.graph.run import Arrays, Session, with_outputs
 
 TOLERANCE: dict[str, float] = {"float64": 1e-4, "float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-1}
 """The largest error that counts as rounding, as a share of the output's largest magnitude.
@@ -97,7 +96,7 @@ def difference(expected: NDArray[np.generic], found: NDArray[np.generic]) -> str
 def _first_difference(before: ir.Model | Path, after: ir.Model, feeds: Mapping[str, NDArray[np.generic]]) -> str:
     """The first node, in the order of `after`, whose output has the same name in both graphs and differs."""
     source = load_onnx(before) if isinstance(before, Path) else before
-    shared = {value.name for value in _computed(source)} & {value.name for value in _computed(after)}
+    shared = {value.name or "" for value in _computed(source)} & {value.name or "" for value in _computed(after)}
     expected = Session(with_outputs(source, shared), optimize=False).run(feeds)
     found = Session(with_outputs(after, shared), optimize=False).run(feeds)
     for value in _computed(after):
@@ -111,13 +110,6 @@ def _first_difference(before: ir.Model | Path, after: ir.Model, feeds: Mapping[s
 
 
 def _computed(model: ir.Model) -> Iterator[ir.Value]:
-    """The outputs of nodes that have a name and may be fetched."""
-    return (output for node in model.graph for output in node.outputs if output.name)
-
-
-def with_outputs(model: ir.Model, names: set[str | None]) -> ir.Model:
-    """A copy whose values of these names are outputs too."""
-    copy = model.clone()
-    present = {value.name for value in copy.graph.outputs}
-    copy.graph.outputs.extend(v for v in all_values(copy.graph) if v.name in names and v.name not in present)
-    return copy
+    """The outputs of nodes that are arrays, not sequences, and have a name to be fetched by."""
+    values = (output for node in model.graph for output in node.outputs if output.name)
+    return (value for value in values if value.type is None or isinstance(value.type, ir.TensorType))

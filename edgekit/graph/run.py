@@ -12,6 +12,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edgekit.errors import GraphError
+from edgekit.graph.annotations import all_values
 from edgekit.graph.io import fits_protobuf, save_onnx, self_contained
 
 Arrays = dict[str, NDArray[np.generic]]
@@ -79,6 +80,14 @@ _ORT_ERRORS: tuple[type[Exception], ...] = (
     _STATE.NotImplemented,
     _STATE.RuntimeException,
 )
+
+
+def with_outputs(model: ir.Model, names: set[str]) -> ir.Model:
+    """A copy whose values of these names are outputs too."""
+    copy = model.clone()
+    present = {value.name for value in copy.graph.outputs}
+    copy.graph.outputs.extend(v for v in all_values(copy.graph) if v.name in names and v.name not in present)
+    return copy
 
 
 def first_line(error: BaseException) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import onnx_ir as ir
 
 from edgekit.errors import GraphError
@@ -28,7 +26,7 @@ def unify_params(model: ir.Model, target: Target) -> ir.Model:
         known = [params for value in group if (params := get_params(value)) is not None]
         if not known:
             continue
-        shared = _trained(group) or _union(group, known)
+        shared = _trained(group) or _union(group, known, target)
         for value in group:
             old = get_params(value)
             if old is None or not old.fixed:
@@ -69,9 +67,9 @@ def _trained(group: list[ir.Value]) -> QuantParams | None:
     return fixed[0][1] if fixed else None
 
 
-def _union(group: list[ir.Value], known: list[QuantParams]) -> QuantParams:
-    wish = next((wish for value in group if (wish := get_wish(value)) is not None), None)
-    assert wish is not None, "an untrained grid comes from a wish"
+def _union(group: list[ir.Value], known: list[QuantParams], target: Target) -> QuantParams:
+    wishes = (wish for value in group if (wish := get_wish(value)) is not None)
+    spec, _ = next(wishes, (target.quantization.activation.spec, None))
     low, high = min(params.low for params in known), max(params.high for params in known)
-    observer = known[0].observer if len({params.observer for params in known}) == 1 else "union"
-    return dataclasses.replace(choose_params(low, high, wish[0]), observer=observer)
+    observers = {params.observer for params in known}
+    return choose_params(low, high, spec, observer=observers.pop() if len(observers) == 1 else "union")
