@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -61,12 +61,12 @@ class Kernels:
 
     Attributes:
         macs: share of the multiply-accumulates of Conv, Gemm and MatMul in int8 kernels.
-        adds: how many of the model's `all_adds` Add nodes are part of an int8 kernel.
+        adds: how many of the model's `all_adds` Add nodes are part of an int8 kernel; None where kernels do not name them.
         float_layers: the layers that are not.
     """
 
     macs: float
-    adds: int
+    adds: int | None
     all_adds: int
     float_layers: tuple[str, ...]
 
@@ -100,8 +100,8 @@ def run_entry(entry: Entry, model: ir.Model, batches: Sequence[Feeds]) -> tuple[
 
 
 def planned(entry: Entry, model: ir.Model) -> Kernels:
-    """The kernels that the builder planned, where the artifact cannot run."""
-    return kernels(model, get_backend(entry.target.backend).planned_kernels(entry.artifact))
+    """The kernels that the builder planned, where the artifact cannot run; TensorRT's names only layers in them."""
+    return replace(kernels(model, get_backend(entry.target.backend).planned_kernels(entry.artifact)), adds=None)
 
 
 def kernels(model: ir.Model, records: Sequence[KernelRecord]) -> Kernels:

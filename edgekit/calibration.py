@@ -1,7 +1,8 @@
 """Calibration: run the float model over samples and choose a range for every tensor that needs one.
 
 Memory is flat in the number of samples: each batch's activations are folded into histograms and forgotten. The histograms' bins
-are powers of two wide, so their sum depends neither on the order of batches nor on their size.
+are powers of two wide, so their sum depends neither on the order of batches nor on their size; only ONNX Runtime itself may round
+another way for another batch size.
 """
 
 from __future__ import annotations

@@ -6,8 +6,10 @@ Pipelines are imported inside the commands, so that `--help` needs neither torch
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +28,7 @@ Exit codes:
   0  done                         6  the model cannot be annotated or lowered as asked
   2  wrong arguments              7  a runtime is missing, or refused the artifact
   3  the source cannot be used    8  the output folder cannot be used
-  4  the data cannot be used      9  a goal was not met (--fail-on-slower)
+  4  the data cannot be used      9  a wrong artifact, or a goal not met (--fail-on-slower)
   5  wrong target or recipe       1  a bug in edgekit
 """
 
@@ -41,7 +43,7 @@ class _Command(click.Command):
             click.echo(f"edgekit: {error}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("edgekit: interrupted; nothing was changed", err=True)
+            click.echo("edgekit: interrupted; nothing is left half-written", err=True)
             ctx.exit(130)
 
 
@@ -95,7 +97,7 @@ def compress(
     options |= {"target": PORTABLE} if portable else {"target": target} if target else {}
     if "calibration" not in options:
         raise click.UsageError("Missing option '--calibration': samples of what the model sees in use.")
-    with progress_bars(quiet=as_json) as on_progress:
+    with progress_bars(quiet=as_json) as on_progress, _stdout_for_json(as_json):
         result = run(source, out, preprocess=file.data.preprocess, on_progress=on_progress, **options)
     if as_json:
         _print_json(result.record)
@@ -112,14 +114,19 @@ def compress(
     "--format", type=click.Choice(["qdq", "qoperator", "integer"]), help="Of the graph.  [default: the target's]"
 )
 @click.option("--evaluate", metavar="MODULE:FUNCTION|PATH", help="The metric.  [default: the one of compress]")
+@click.option("--allow-wrong", is_flag=True, help="Export, for inspection, even what the runtime computes wrongly.")
 @_json
-def export(folder: Path, targets: tuple[str, ...], format: Any, evaluate: str | None, as_json: bool) -> None:
+def export(
+    folder: Path, targets: tuple[str, ...], format: Any, evaluate: str | None, allow_wrong: bool, as_json: bool
+) -> None:
     """Lower the model in OUT for each target, build its artifact, and verify it on its runtime."""
     from edgekit.console import progress_bars
     from edgekit.pipelines.export import export as run
 
-    with progress_bars(quiet=as_json) as on_progress:
-        results = run(folder, targets, format=format, evaluate=evaluate, on_progress=on_progress)
+    with progress_bars(quiet=as_json) as on_progress, _stdout_for_json(as_json):
+        results = run(
+            folder, targets, format=format, evaluate=evaluate, allow_wrong=allow_wrong, on_progress=on_progress
+        )
     if as_json:
         _print_json([result.manifest for result in results])
         return
@@ -146,7 +153,7 @@ def benchmark(
     from edgekit.console import progress_bars
     from edgekit.pipelines.benchmark import benchmark as run
 
-    with progress_bars(quiet=as_json) as on_progress:
+    with progress_bars(quiet=as_json) as on_progress, _stdout_for_json(as_json):
         found = run(
             folder,
             targets,
@@ -160,8 +167,8 @@ def benchmark(
         return
     _print_summary(folder)
     for record in found.targets:
-        if record.reason:
-            click.echo(f"{record.target}: not timed: {record.reason}; {record.remedy}")
+        if record.why_not:
+            click.echo(f"{record.target}: not timed: {record.why_not}")
         for note in record.notes:
             click.echo(f"{record.target}: {note}")
 
@@ -188,7 +195,8 @@ def targets(as_json: bool) -> None:
     """List the targets, and what this machine can do for each."""
     from edgekit.pipelines.targets import list_targets
 
-    found = list_targets()
+    with _stdout_for_json(as_json):
+        found = list_targets()
     if as_json:
         _print_json(
             [{**status.target.model_dump(mode="json"), "availability": asdict(status.availability)} for status in found]
@@ -210,9 +218,28 @@ def demo(out: Path) -> None:
     def run_step(arguments: list[str]) -> None:
         click.secho(f"\n$ edgekit {' '.join(arguments)}", bold=True)
         command: Callable[..., Any] = main.main
-        command(arguments, prog_name="edgekit", standalone_mode=False)
+        code = command(arguments, prog_name="edgekit", standalone_mode=False)
+        if code:  # the step has said why
+            raise click.exceptions.Exit(code)
 
     run_demo(out, run_step, click.echo)
+
+
+@contextmanager
+def _stdout_for_json(wanted: bool) -> Iterator[None]:
+    """Meanwhile, whatever prints to stdout, be it the user's code or a runtime, prints to stderr."""
+    if not wanted:
+        yield
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _print_json(found: Any) -> None:
@@ -223,8 +250,7 @@ def _print_json(found: Any) -> None:
             return asdict(value)
         return str(value)
 
-    json.dump(found, sys.stdout, indent=2, default=plain)
-    click.echo()
+    click.echo(json.dumps(found, indent=2, default=plain))
 
 
 def _print_compressed(result: CompressResult) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -9,9 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
+from rich.text import Text
 
 from edgekit.pipelines.inspect import InspectResult
-from edgekit.pipelines.targets import TargetStatus
+from edgekit.pipelines.targets import TargetStatus, missing
 from edgekit.progress import Progress, silent
 from edgekit.report import COLUMNS, Row
 
@@ -21,8 +23,7 @@ _WIDTH_WITHOUT_TERMINAL = 160
 @contextmanager
 def progress_bars(*, quiet: bool) -> Iterator[Progress]:
     """A bar a step, on stderr; nothing when that is no terminal or `quiet`."""
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
+    if quiet or not sys.stderr.isatty():  # not console.is_terminal, which FORCE_COLOR makes true in a log file
         yield silent
         return
     columns = (
@@ -32,7 +33,7 @@ def progress_bars(*, quiet: bool) -> Iterator[Progress]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Bars(*columns, console=console, transient=True) as bars:
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks: dict[str, TaskID] = {}
 
         def show(step: str, done: int, total: int | None) -> None:
@@ -57,8 +58,8 @@ def print_targets(found: Sequence[TargetStatus]) -> None:
         available = status.availability
         state = "ready" if available.can_run else "builds and checks" if available.can_check else "builds"
         state = state if available.can_convert else "missing"
-        missing = f"{available.reason}; {available.remedy}" if available.reason else ""
-        rows.append((status.target.name, status.target.summary, available.version or "not installed", state, missing))
+        version = available.version or "not installed"
+        rows.append((status.target.name, status.target.summary, version, state, missing(available)))
     _print(("target", "for", "runtime", "here", "what is missing"), rows)
 
 
@@ -102,12 +103,10 @@ def _shape(shape: tuple[int | None, ...] | None) -> str:
 
 
 def _print(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH_WITHOUT_TERMINAL)
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL)
     table = Table(show_edge=False)
     for name in header:
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # as it stands: a name may look like markup
     console.print(table)

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
 
 from edgekit.errors import BackendError
-from edgekit.output import prepare_folder, write_text
+from edgekit.output import check_folder, write_text
+from edgekit.pipelines.targets import list_targets, missing
 
-TARGETS = ("x86-openvino", "x86-onnxruntime", "arm-onnxruntime", "cuda-tensorrt")
 CHECKPOINT, CALIBRATION, TEST, NETWORK = "digits.pt", "calibration.npz", "test.npz", "digits_net.py"
 
 
 def run_demo(out: Path, run_step: Callable[[list[str]], None], say: Callable[[str], None]) -> None:
-    """Train, compress, export to all targets, benchmark; each step is the command that a user would type.
+    """Train, compress, export to all targets whose runtime is installed, benchmark; each step is the command that a user would type.
 
     Raises:
         BackendError: scikit-learn, whose digits it trains on, is not installed.
         OutputError: `out` holds other people's files.
     """
-    prepare_folder(out, marker=NETWORK, what="the demo's folder")
+    check_folder(out, marker=NETWORK, what="the demo's folder")
     try:
         from edgekit.training.digits import train
     except ImportError as error:
@@ -38,5 +38,13 @@ def run_demo(out: Path, run_step: Callable[[list[str]], None], say: Callable[[st
             "--calibrator", "kld", "--evaluate", str(out / TEST), "-o", model,
         ]
     )  # fmt: skip
-    run_step(["export", model, *(word for target in TARGETS for word in ("--target", target))])
+    run_step(["export", model, *_targets(say)])
     run_step(["benchmark", model])
+
+
+def _targets(say: Callable[[str], None]) -> Iterator[str]:
+    for status in list_targets():
+        if status.availability.can_convert:
+            yield from ("--target", status.target.name)
+        else:
+            say(f"\n{status.target.name} is left out: {missing(status.availability)}")

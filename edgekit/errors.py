@@ -10,7 +10,7 @@
     ├── GraphError                  6   the model cannot be annotated or lowered as asked
     ├── BackendError                7   a runtime is missing, or refused the artifact
     ├── OutputError                 8   the output folder cannot be written or is not an edgekit output
-    └── GoalError                   9   a floor or goal that the user set was not met
+    └── GoalError                   9   an artifact failed its proof, or a goal that the user set was not met
 
 Only an `EdgekitError` reaches the command line as a message; anything else is a bug and keeps its traceback.
 Each message says which thing, what was found, what was expected and what to do.
@@ -67,6 +67,6 @@ class OutputError(EdgekitError):
 
 
 class GoalError(EdgekitError):
-    """A floor or goal that the user set was not met."""
+    """An artifact failed its proof, or a floor or goal that the user set was not met."""
 
     exit_code = 9

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, PlainValidator, ValidationInfo, field_validator
+from pydantic import Field, PlainSerializer, PlainValidator, ValidationInfo, field_validator
 
 from edgekit.errors import DataError
 from edgekit.toml_file import Table
@@ -43,14 +43,16 @@ MAX_FILE_BYTES = 256 * 2**20
 
 
 def _lengths(value: Any) -> int | tuple[int, int] | None:
-    """A length, or a height and a width; one message for both, where a union would give two."""
+    """A length, or a height and a width; one message for both, where a union would give two. A record on disk may say null."""
+    if value is None:
+        return None
     parts = list(value) if isinstance(value, list | tuple) else [value]
     if len(parts) > 2 or not parts or not all(type(part) is int and part > 0 for part in parts):
         raise ValueError("expected one length or [height, width], in pixels")
     return (parts[0], parts[1]) if len(parts) == 2 else int(parts[0])
 
 
-Lengths = Annotated[int | tuple[int, int] | None, PlainValidator(_lengths)]
+Lengths = Annotated[int | tuple[int, int] | None, PlainValidator(_lengths), PlainSerializer(lambda lengths: lengths)]
 
 
 class Preprocess(Table):

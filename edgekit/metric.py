@@ -32,7 +32,8 @@ def open_metric(
 ) -> Evaluate:
     """What `--evaluate` names: a function `run -> number` (`module:function` or the function itself), or labelled data for top-1.
 
-    The function gets a callable that takes arrays by input name and returns arrays by output name.
+    The function gets a callable that takes arrays by input name and returns arrays by output name. `preprocess` is for images; other
+    labelled data needs none.
 
     Raises:
         DataError: it does not exist, or the data has no labels.
@@ -45,7 +46,8 @@ def open_metric(
         if not callable(function):
             raise DataError(f"--evaluate {text!r} is a {type(function).__name__}; give a function that takes `run`")
         return _of_function(function, text.rpartition(":")[2])
-    dataset = open_data(text, preprocess=preprocess)
+    images = Path(text).is_dir() or text.lower().endswith(".zip")
+    dataset = open_data(text, preprocess=preprocess if images else None)
     if not dataset.labelled:
         raise DataError(f"--evaluate {text}: has no labels; sort images into class folders, or add an array 'labels'")
     return top1(dataset.bind(inputs))

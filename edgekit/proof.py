@@ -33,6 +33,9 @@ def compare(ran: Sequence[Arrays] | None, simulated: Sequence[Arrays], floats: S
     Without `ran` (the device is not here) the simulation speaks for it, and `agrees` is None.
     """
     measured = simulated if ran is None else ran
+    missing = [name for name in simulated[0] if name not in measured[0]]
+    if missing:
+        return Proof(agrees=False, reason=f"output {missing[0]!r} is missing (found: {', '.join(measured[0])})")
     outputs = tuple(
         OutputProof(
             name=name,
@@ -40,6 +43,8 @@ def compare(ran: Sequence[Arrays] | None, simulated: Sequence[Arrays], floats: S
             float_sqnr_db=_sqnr_db(name, measured, floats),
             simulation_cosine=None if ran is None else _cosine(name, measured, simulated),
             float_cosine=_cosine(name, measured, floats),
+            simulation_equal=None if ran is None else _equal_share(name, measured, simulated),
+            float_equal=_equal_share(name, measured, floats),
         )
         for name in simulated[0]
     )
@@ -75,31 +80,50 @@ def int8_share(layers: Sequence[Layer], kernels: Sequence[KernelRecord]) -> tupl
 def _disagreement(proof: Proof, simulated: Sequence[Arrays], floats: Sequence[Arrays]) -> str:
     """Why the runtime does not compute what the simulation does; empty when it does, up to rounding."""
     for output in proof.outputs:
-        near, own = output.simulation_sqnr_db, output.float_sqnr_db
-        if near is None or near >= ROUNDING_DB:
-            continue
-        expected = _sqnr_db(output.name, simulated, floats)
-        if own is None or expected is None or own < expected - SLACK_DB:
-            return (
-                f"output {output.name!r} is {near:.1f} dB from the simulation and {own or float('nan'):.1f} dB from float, where the "
-                f"simulation is {expected or float('nan'):.1f} dB from float"
-            )
-    if proof.simulation_top1 is not None and proof.float_top1 is not None:
-        lost = (1 - proof.simulation_top1) * proof.samples
-        expected_top1 = _top1(next(iter(simulated[0])), simulated, floats)
-        worse = expected_top1 is not None and proof.float_top1 < expected_top1 - LOST_DECISIONS
-        if lost > max(1.0, LOST_DECISIONS * proof.samples) and worse:
-            return f"{lost:.0f} of {proof.samples} samples have another arg max than in the simulation"
+        reason = _other_numbers(output, simulated, floats) or _other_codes(output, simulated, floats)
+        if reason:
+            return f"output {output.name!r} {reason}"
+    expected = _top1(next(iter(simulated[0])), simulated, floats)
+    if _lost(proof.simulation_top1, proof.float_top1, expected, proof.samples):
+        lost = (1 - (proof.simulation_top1 or 0)) * proof.samples
+        return f"{lost:.0f} of {proof.samples} samples have another arg max than in the simulation"
     return ""
 
 
+def _other_numbers(output: OutputProof, simulated: Sequence[Arrays], floats: Sequence[Arrays]) -> str:
+    """What is wrong with an output of floats."""
+    near, own = output.simulation_sqnr_db, output.float_sqnr_db
+    expected = _sqnr_db(output.name, simulated, floats)
+    if near is None or own is None or expected is None or near >= ROUNDING_DB or own >= expected - SLACK_DB:
+        return ""
+    return f"is {near:.1f} dB from the simulation and {own:.1f} dB from float, where the simulation is {expected:.1f} dB from float"
+
+
+def _other_codes(output: OutputProof, simulated: Sequence[Arrays], floats: Sequence[Arrays]) -> str:
+    """What is wrong with an output of whole numbers or truth values: classes, indices, masks."""
+    expected = _equal_share(output.name, simulated, floats)
+    size = sum(batch[output.name].size for batch in simulated)
+    if not _lost(output.simulation_equal, output.float_equal, expected, size):
+        return ""
+    return f"has {100 * (output.simulation_equal or 0):.1f} % of its elements in common with the simulation"
+
+
+def _lost(near: float | None, own: float | None, expected: float | None, count: int) -> bool:
+    """Whether more of `count` decisions part from the simulation's than rounding explains, and to the worse."""
+    if near is None or own is None or expected is None:
+        return False
+    return (1 - near) * count > max(1.0, LOST_DECISIONS * count) and own < expected - LOST_DECISIONS
+
+
 def _sqnr_db(name: str, a: Sequence[Arrays], reference: Sequence[Arrays]) -> float | None:
-    """Signal-to-quantization-noise ratio (dB, at most 200); None for outputs that are not numbers."""
+    """Signal-to-quantization-noise ratio (dB, -200 to 200); None for outputs that are not floats."""
     signal = noise = 0.0
     for ours, theirs in zip(a, reference, strict=True):
         x, y = ours[name], theirs[name]
-        if not np.issubdtype(y.dtype, np.number) or x.shape != y.shape:
-            return None if not np.issubdtype(y.dtype, np.number) else -200.0
+        if not np.issubdtype(y.dtype, np.floating):
+            return None
+        if x.shape != y.shape:
+            return -200.0
         with np.errstate(over="ignore", invalid="ignore"):
             difference = np.where(x == y, 0.0, x.astype(np.float64) - y.astype(np.float64))
             finite = np.isfinite(y.astype(np.float64))
@@ -119,10 +143,27 @@ def _cosine(name: str, a: Sequence[Arrays], reference: Sequence[Arrays]) -> floa
         x, y = ours[name], theirs[name]
         if not np.issubdtype(y.dtype, np.floating) or not y.ndim or x.shape != y.shape:
             return None
-        left, right = (v.astype(np.float64).reshape(len(v), -1) for v in (x, y))
-        scale = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
-        cosines.append(np.where(scale > 0, (left * right).sum(1) / np.where(scale > 0, scale, 1), 1.0))
-    return float(np.nan_to_num(np.concatenate(cosines).mean(), nan=0.0)) if cosines else None
+        if not y.size:
+            continue
+        masked = (x == y) & ~np.isfinite(y)  # such as the -inf of a mask
+        left, right = (np.where(masked, 0.0, v.astype(np.float64)).reshape(len(v), -1) for v in (x, y))
+        with np.errstate(invalid="ignore"):
+            scale = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+            cosine = (left * right).sum(1) / np.where(scale > 0, scale, 1)
+        cosines.append(np.where((left == right).all(1), 1.0, np.nan_to_num(cosine, nan=0.0)))
+    return float(np.concatenate(cosines).mean()) if cosines else None
+
+
+def _equal_share(name: str, a: Sequence[Arrays], reference: Sequence[Arrays]) -> float | None:
+    """The share of equal elements; None for outputs of floats."""
+    equal = size = 0
+    for ours, theirs in zip(a, reference, strict=True):
+        x, y = ours[name], theirs[name]
+        if np.issubdtype(y.dtype, np.floating):
+            return None
+        equal += int(np.sum(x == y)) if x.shape == y.shape else 0
+        size += y.size
+    return equal / size if size else 1.0
 
 
 def _top1(name: str, a: Sequence[Arrays], reference: Sequence[Arrays]) -> float | None:
@@ -133,7 +174,7 @@ def _top1(name: str, a: Sequence[Arrays], reference: Sequence[Arrays]) -> float 
         if y.ndim != 2 or y.shape[1] < 2 or not np.issubdtype(y.dtype, np.floating) or x.shape != y.shape:
             return None
         same.append(np.argmax(x, axis=1) == np.argmax(y, axis=1))
-    return float(np.concatenate(same).mean()) if same else None
+    return float(np.concatenate(same).mean()) if sum(map(len, same)) else None
 
 
 def _length(array: NDArray[np.generic]) -> int:

@@ -10,6 +10,7 @@ from typing import TypeVar
 from pydantic import Field, ValidationError
 
 from edgekit.errors import OutputError
+from edgekit.images import Preprocess
 from edgekit.output import sha256
 from edgekit.target import Target
 from edgekit.toml_file import Table
@@ -57,7 +58,8 @@ class Compressed(Table):
     samples: int
     held_back: int
     evaluate: str = ""
-    model_sha256: str
+    preprocess: Preprocess | None = None
+    model_sha256: str = ""
     float_metric: Metric | None = None
     simulated_metric: Metric | None = None
     layers: tuple[LayerRecord, ...] = ()
@@ -66,13 +68,18 @@ class Compressed(Table):
 
 
 class OutputProof(Table):
-    """One output of an artifact, on its own runtime, against the simulation and against float. SQNR in dB."""
+    """One output of an artifact, on its own runtime, against the simulation and against float.
+
+    Floats have an SQNR (dB) and a cosine; whole numbers and truth values the share of equal elements.
+    """
 
     name: str
     simulation_sqnr_db: float | None
     float_sqnr_db: float | None
     simulation_cosine: float | None
     float_cosine: float | None
+    simulation_equal: float | None = None
+    float_equal: float | None = None
 
 
 class Proof(Table):
@@ -137,6 +144,11 @@ class Manifest(Table):
         """Bytes of what the runtime loads."""
         return sum(file.bytes for file in self.files if file.name in self.artifact_files)
 
+    @property
+    def graph_sha256(self) -> str:
+        """Of the lowered graph, which stands for the artifact: runtimes do not write the same bytes twice."""
+        return next((file.sha256 for file in self.files if file.name == MODEL), "")
+
 
 class PrecisionTiming(Table):
     """One candidate of a benchmark; see `edgekit.measure.Timing`."""
@@ -163,9 +175,11 @@ class Benchmark(Table):
         fastest_float: the runtime's fastest float precision; `speedup_over_fastest` is against it.
         noisy: the machine was too noisy for the numbers to be trusted much.
         reason, remedy: why nothing was measured, and what would change that.
+        graph_sha256: of the lowered graph that was measured.
     """
 
     target: str
+    graph_sha256: str = ""
     runtime: str = ""
     batch_size: int = 1
     timings: tuple[PrecisionTiming, ...] = ()
@@ -178,6 +192,11 @@ class Benchmark(Table):
     reason: str = ""
     remedy: str = ""
     notes: tuple[str, ...] = ()
+
+    @property
+    def why_not(self) -> str:
+        """Why nothing was measured, and what would change that; empty when it was."""
+        return "; ".join(filter(None, (self.reason, self.remedy)))
 
     @property
     def median_ms(self) -> float | None:
@@ -207,9 +226,14 @@ def read_record(path: Path, kind: type[R], *, remedy: str) -> R:
     except FileNotFoundError as error:
         raise OutputError(f"{path}: does not exist; {remedy}") from error
     except (OSError, UnicodeDecodeError, ValidationError) as error:
-        raise OutputError(
-            f"{path}: cannot be read as an edgekit record ({str(error).splitlines()[0]}); {remedy}"
-        ) from error
+        raise OutputError(f"{path}: cannot be read as an edgekit record ({_reason(error)}); {remedy}") from error
+
+
+def _reason(error: OSError | UnicodeDecodeError | ValidationError) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg'].lower()}"
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -239,9 +263,9 @@ def read_compressed(folder: Path) -> Compressed:
 
 
 def read_manifests(folder: Path) -> dict[str, Manifest]:
-    """The manifests of all exports in a compressed model's folder, by target, sorted."""
+    """The manifests of all exports in a compressed model's folder, by target, sorted; hidden folders are unfinished ones."""
     found = {}
-    for path in sorted(folder.glob(f"*/{MANIFEST}")):
+    for path in sorted(path for path in folder.glob(f"*/{MANIFEST}") if not path.parent.name.startswith(".")):
         manifest = read_record(path, Manifest, remedy="run `edgekit export` again")
         found[manifest.target] = manifest
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from edgekit.records import (
     Compressed,
     Manifest,
     Metric,
+    OutputProof,
     read_compressed,
     read_manifests,
     read_record,
@@ -58,7 +59,7 @@ def write_report(folder: Path) -> Path:
     """Write `report.json` and `report.md` about everything in a compressed model's folder; the latter's path."""
     compressed = read_compressed(folder)
     manifests = read_manifests(folder)
-    benchmarks = _benchmarks(folder)
+    benchmarks = _benchmarks(folder, manifests)
     document = {
         "compressed": compressed.model_dump(mode="json"),
         "exports": {name: manifest.model_dump(mode="json") for name, manifest in manifests.items()},
@@ -71,14 +72,21 @@ def write_report(folder: Path) -> Path:
 
 def summary(folder: Path) -> list[Row]:
     """The table: a row for each exported target."""
-    compressed, benchmarks = read_compressed(folder), _benchmarks(folder)
+    compressed, manifests = read_compressed(folder), read_manifests(folder)
+    benchmarks = _benchmarks(folder, manifests)
     measured = {record.target: record for record in benchmarks.targets} if benchmarks else {}
-    return [_row(compressed, manifest, measured.get(name)) for name, manifest in read_manifests(folder).items()]
+    return [_row(compressed, manifest, measured.get(name)) for name, manifest in manifests.items()]
 
 
-def _benchmarks(folder: Path) -> Benchmarks | None:
+def _benchmarks(folder: Path, manifests: Mapping[str, Manifest]) -> Benchmarks | None:
+    """The last benchmark, without targets that were exported anew since."""
     path = folder / BENCHMARKS
-    return read_record(path, Benchmarks, remedy="run `edgekit benchmark` again") if path.is_file() else None
+    if not path.is_file():
+        return None
+    found = read_record(path, Benchmarks, remedy="run `edgekit benchmark` again")
+    current = {name: manifest.graph_sha256 for name, manifest in manifests.items()}
+    targets = tuple(record for record in found.targets if current.get(record.target) == record.graph_sha256)
+    return found.model_copy(update={"targets": targets}) if targets else None
 
 
 def _row(compressed: Compressed, manifest: Manifest, measured: Benchmark | None) -> Row:
@@ -184,18 +192,28 @@ def _export(manifest: Manifest) -> list[str]:
         f"- `{manifest.artifact}` ({manifest.format}, {manifest.artifact_bytes:,} bytes), {ran}; "
         f"{proof.samples} held-back samples in batches of {', '.join(map(str, proof.batch_sizes))}"
     ]
-    for output in proof.outputs:
-        near = (
-            f"{output.simulation_sqnr_db:.1f} dB from the simulation, " if output.simulation_sqnr_db is not None else ""
-        )
-        far = f"{output.float_sqnr_db:.1f} dB" if output.float_sqnr_db is not None else "no numbers"
-        cosine = f" (cosine {output.float_cosine:.5f})" if output.float_cosine is not None else ""
-        lines.append(f"- output `{output.name}`: {near}{far} from float{cosine}")
+    lines += [f"- output `{output.name}`: {_distance(output)}" for output in proof.outputs]
     if proof.float_top1 is not None:
         lines.append(f"- same arg max as float on {100 * proof.float_top1:.1f} % of the samples")
     if proof.int8_macs_share is not None:
         lines.append(f"- {100 * proof.int8_macs_share:.1f} % of the MACs in int8 kernels, as {proof.int8_source}")
     return lines + [f"- **note:** {note}" for note in manifest.notes]
+
+
+def _distance(output: OutputProof) -> str:
+    """How far an output is from the simulation, where it ran, and from float."""
+    if output.float_equal is not None:
+        near = (
+            f"{100 * output.simulation_equal:.1f} % equal to the simulation, "
+            if output.simulation_equal is not None
+            else ""
+        )
+        return f"{near}{100 * output.float_equal:.1f} % equal to float"
+    if output.float_sqnr_db is None:
+        return "not compared"
+    near = f"{output.simulation_sqnr_db:.1f} dB from the simulation, " if output.simulation_sqnr_db is not None else ""
+    cosine = f" (cosine {output.float_cosine:.5f})" if output.float_cosine is not None else ""
+    return f"{near}{output.float_sqnr_db:.1f} dB from float{cosine}"
 
 
 def _latency(benchmarks: Benchmarks) -> list[str]:
@@ -234,8 +252,8 @@ def _latency(benchmarks: Benchmarks) -> list[str]:
                 f"\n{record.target}: int8 is {record.speedup:.2f}x f32 (95 %: {record.speedup_low:.2f} to {record.speedup_high:.2f}), "
                 f"{record.speedup_over_fastest:.2f}x the fastest float, {record.fastest_float}."
             )
-        if record.reason:
-            lines.append(f"\n{record.target}: not timed: {record.reason}; {record.remedy}.")
+        if record.why_not:
+            lines.append(f"\n{record.target}: not timed: {record.why_not}.")
         lines += [f"\n{record.target}: {note}" for note in record.notes]
     return lines
 

@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from edgekit.errors import TargetError
 from edgekit.quant.spec import QuantSpec
@@ -33,6 +33,14 @@ class Graph(Table):
     formats: tuple[Format, ...] = ("qdq",)
     formats_reason: str = ""
     opset: Annotated[int, Field(ge=13, le=25)] = 21
+
+    @model_validator(mode="after")
+    def _format_is_one_of_formats(self) -> Graph:
+        if self.format not in self.formats:
+            raise ValueError(
+                f"'graph.format' is {self.format!r}, which is none of graph.formats ({', '.join(self.formats)})"
+            )
+        return self
 
 
 class Tensor(Table):
@@ -64,7 +72,8 @@ class Quantization(Table):
         quantize, pass_through: operator types; all others stay float.
         pass_through_q: "around" puts Q/DQ before and behind an operator that passes codes through, "before" only before
             it. What is read behind it has the same grid either way.
-        integer_pad: Pad runs on codes (padding with the zero point) instead of in float.
+        integer_pad: where Pad runs on codes, padding with the zero point: "always", "never" (in float), or where that is
+            "zero".
     """
 
     activation: Tensor = Tensor()
@@ -78,7 +87,16 @@ class Quantization(Table):
     quantize: tuple[str, ...] = ()
     pass_through: tuple[str, ...] = ()
     pass_through_q: Literal["around", "before"] = "around"
-    integer_pad: bool = False
+    integer_pad: Literal["always", "zero", "never"] = "never"
+
+    @model_validator(mode="after")
+    def _one_rule_for_an_operator(self) -> Quantization:
+        twice = sorted(set(self.quantize) & set(self.pass_through))
+        if twice:
+            raise ValueError(
+                f"{twice[0]!r} is in quantization.quantize and in quantization.pass_through; keep one of the two"
+            )
+        return self
 
 
 class Runtime(Table):
@@ -87,7 +105,7 @@ class Runtime(Table):
     threads: Annotated[int, Field(ge=1)] = 2
     float_dtype: Literal["float32", "float16"] = "float32"
     artifact: str = ""
-    options: Annotated[dict[str, str], Field(default_factory=dict)]
+    options: dict[str, str] = Field(default_factory=dict)
 
 
 class Target(Table):
@@ -154,9 +172,16 @@ def _merged(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     base_name = data.pop("extends", None)
     if base_name is None:
         return data
+    if not isinstance(base_name, str):
+        raise TargetError(f"{path}: 'extends' is {base_name!r}: expected the name of a target")
     beside = path.parent / f"{base_name}.toml"
-    base = beside if beside.is_file() else _find(str(base_name))
-    return _overlay(_merged(base, (*seen, path)), data)
+    try:
+        base = beside if beside.is_file() else _find(base_name)
+    except TargetError as error:
+        raise TargetError(f"{path}: extends: {error}") from error
+    inherited = _merged(base, (*seen, path))
+    validate(inherited, Target, path=base)  # a mistake is shown where it stands
+    return _overlay(inherited, data)
 
 
 def _overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

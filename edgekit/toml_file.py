@@ -6,7 +6,7 @@ import difflib
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -55,8 +55,10 @@ def validate(data: dict[str, Any], kind: type[T], *, path: Path) -> T:
 def _explain(mistake: dict[str, Any], kind: type[BaseModel], text: str) -> str:
     keys = [str(part) for part in mistake["loc"]]
     where = ".".join(keys)
-    number = _line_of(keys, text)
+    number = _line_of([part for part in mistake["loc"] if isinstance(part, str)], text)
     place = f"line {number}: " if number else ""
+    if mistake["type"] == "value_error" and isinstance(mistake["input"], dict):  # a table's own check says which keys
+        return f"{place}{mistake['ctx']['error']}"
     if mistake["type"] == "extra_forbidden":
         known = _keys_at(kind, keys[:-1])
         near = difflib.get_close_matches(keys[-1], known, n=1)
@@ -64,16 +66,20 @@ def _explain(mistake: dict[str, Any], kind: type[BaseModel], text: str) -> str:
         return f"{place}unknown key {where!r}; {hint}"
     if mistake["type"] == "missing":
         return f"key {where!r} is missing; add it"
-    return f"{place}{where!r} is {mistake['input']!r}: {mistake['msg'].lower()}"
+    expected = mistake["msg"][0].lower() + mistake["msg"][1:]
+    return f"{place}{where!r} is {mistake['input']!r}: {expected}"
 
 
 def _keys_at(kind: type[BaseModel], path: list[str]) -> list[str]:
     for key in path:
         field = kind.model_fields.get(key)
         annotation = field.annotation if field else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        tables = [
+            one for one in (annotation, *get_args(annotation)) if isinstance(one, type) and issubclass(one, BaseModel)
+        ]
+        if not tables:
             return []
-        kind = annotation
+        kind = tables[0]
     return list(kind.model_fields)
 
 
@@ -85,7 +91,5 @@ def _line_of(keys: list[str], text: str) -> int | None:
         if line.strip() == f"[{'.'.join(keys[:-1])}]":
             start = index
     pattern = re.compile(rf"(^|[\s{{,.]){re.escape(keys[-1])}\s*=|^\s*\[{re.escape('.'.join(keys))}\]")
-    for index in [*range(start, len(lines)), *range(start)]:
-        if pattern.search(lines[index].split("#")[0]):
-            return index + 1
-    return None
+    order: list[int] = [*range(start, len(lines)), *range(start)]
+    return next((index + 1 for index in order if pattern.search(lines[index].split("#")[0])), None)

@@ -65,14 +65,15 @@ class Worker:
             artifact: what to load.
             target: its `backend` is the runtime to load it with.
             exact: run float parts in f32, for parity checks.
-            threads: overrides `target.runtime.threads`; the child is pinned to as many CPUs.
+            threads: overrides `target.runtime.threads`; never more than this machine has CPUs, and the child is pinned to as many.
             timeout_s: the longest that one call may take (s), here and in the methods.
 
         Raises:
             BackendError: the runtime is missing, refused the artifact, died or took too long.
         """
-        if threads is not None:
-            target = target.model_copy(update={"runtime": target.runtime.model_copy(update={"threads": threads})})
+        # More threads than CPUs fight for them: a board's four on a desk's two run ten times slower than two.
+        threads = min(threads or target.runtime.threads, usable_cpus())
+        target = target.model_copy(update={"runtime": target.runtime.model_copy(update={"threads": threads})})
         self._subject = f"{artifact.path.name} (backend {target.backend!r})"
         self._timeout_s = timeout_s
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115, because close() closes it
@@ -362,6 +363,11 @@ def _burst(infer: Callable[[], None], seconds: float | None, iterations: int | N
     finally:
         gc.enable()
     return np.array(durations, np.int64)
+
+
+def usable_cpus() -> int:
+    """How many CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpus_for(threads: int) -> set[int]:

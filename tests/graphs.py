@@ -54,7 +54,9 @@ class GraphBuilder:
         self.nodes.append(helper.make_node(op_type, list(inputs), names, name=name, domain=domain, **attributes))
         return names[0] if outputs == 1 else names
 
-    def conv(self, x: str, name: str, c_in: int, c_out: int, kernel: int = 3, bias: bool = True, **attributes: Any) -> str:
+    def conv(
+        self, x: str, name: str, c_in: int, c_out: int, kernel: int = 3, bias: bool = True, **attributes: Any
+    ) -> str:
         group = attributes.get("group", 1)
         inputs = [x, self.weight(f"{name}.weight", c_out, c_in // group, kernel, kernel)]
         if bias:
@@ -88,7 +90,9 @@ class GraphBuilder:
         return ir.from_proto(self.proto(*outputs))
 
 
-def run(model: ir.Model | onnx.ModelProto | Path, feeds: dict[str, Array], *, optimize: bool = False) -> dict[str, Array]:
+def run(
+    model: ir.Model | onnx.ModelProto | Path, feeds: dict[str, Array], *, optimize: bool = False
+) -> dict[str, Array]:
     """The outputs in plain ONNX Runtime, apart from edgekit's own Session."""
     options = onnxruntime.SessionOptions()
     level = onnxruntime.GraphOptimizationLevel

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from graphs import Array, GraphBuilder
 
 from edgekit.backend import Backend, CompiledModel
 from edgekit.calibration import calibrate
@@ -20,6 +19,7 @@ from edgekit.passes.assign_specs import assign_specs
 from edgekit.passes.simplify import simplify
 from edgekit.passes.unify_params import unify_params
 from edgekit.target import Target, load_target
+from graphs import Array, GraphBuilder
 
 Feeds = Mapping[str, Array]
 
@@ -50,7 +50,9 @@ class Net(GraphBuilder):
 
     def slice(self, x: str, name: str, **ranges: Sequence[int]) -> str:
         keys = ("starts", "ends", "axes", "steps")
-        return str(self.op("Slice", [x, *(self.constant(f"{name}.{key}", np.array(ranges[key])) for key in keys)], name))
+        return str(
+            self.op("Slice", [x, *(self.constant(f"{name}.{key}", np.array(ranges[key])) for key in keys)], name)
+        )
 
     def pad(self, x: str, name: str, pads: Sequence[int], **attributes: Any) -> str:
         return str(self.op("Pad", [x, self.constant(f"{name}.pads", np.array(pads))], name, **attributes))
@@ -96,7 +98,10 @@ def token_net(*, batch: int | str = "n") -> ir.Model:
     """Self-attention over 3-D tokens: three MatMuls read one tensor, biases are Adds, Softmax and LayerNorm stay float."""
     net = Net(seed=3)
     x = net.input("x", [batch, 12, 16])
-    norm = [net.constant("norm.gain", np.linspace(0.5, 1.5, 16, dtype=np.float32)), net.constant("norm.shift", np.zeros(16, np.float32))]
+    norm = [
+        net.constant("norm.gain", np.linspace(0.5, 1.5, 16, dtype=np.float32)),
+        net.constant("norm.shift", np.zeros(16, np.float32)),
+    ]
     normed = net.op("LayerNormalization", [x, *norm], "norm")
     q, k, v = (
         net.op("Add", [net.matmul(normed, name, 16, 16), net.weight(f"{name}.bias", 16)], f"{name}.add")
@@ -108,10 +113,84 @@ def token_net(*, batch: int | str = "n") -> ir.Model:
     return net.model(net.matmul(x, "head", 16, 4))
 
 
+def random_net(seed: int, *, size: int = 8) -> ir.Model:
+    """A random graph of up to 12 operators with one to three outputs; every value is a 4-D image batch until the head."""
+    net = Net(seed=seed)
+    rng = np.random.default_rng(seed)
+    images = [(net.input("x", ["n", 4, 8, 8]), 4, 8)]  # (value, channels, height and width)
+    if rng.random() < 0.3:
+        images.append((net.input("z", ["n", 4, 8, 8]), 4, 8))
+    for index in range(int(rng.integers(3, size + 5))):
+        images += _random_layer(net, rng, images, f"n{index}")
+    picked = [
+        images[-1],
+        *(images[i] for i in rng.integers(1 if len(images) > 1 else 0, len(images), int(rng.integers(0, 3)))),
+    ]
+    outputs = dict.fromkeys(value for value, _, _ in picked if value not in ("x", "z"))
+    value, channels, side = images[-1]
+    if rng.random() < 0.6 or not outputs:
+        features = channels * side * side
+        outputs[net.gemm(net.reshape(value, "flat", -1, features), "head", features, 5)] = None
+    return net.model(*outputs)
+
+
+def _random_layer(
+    net: Net, rng: np.random.Generator, images: list[tuple[str, int, int]], name: str
+) -> list[tuple[str, int, int]]:
+    x, c, side = images[int(rng.integers(max(0, len(images) - 3), len(images)))]
+    alike = [value for value, channels, height in images if (channels, height) == (c, side)]
+    other = str(rng.choice(alike))
+    stride = 2 if side >= 4 and rng.random() < 0.3 else 1
+    window = {"kernel_shape": [stride, stride], "strides": [stride, stride]}
+    match int(rng.integers(0, 16)):
+        case 0 | 1 | 2 | 3 | 4:
+            wide, group = int(rng.choice([4, 8])), c if rng.random() < 0.2 else 1
+            wide = c if group > 1 else wide
+            y = net.conv(
+                x, name, c, wide, int(rng.choice([1, 3])), bias=rng.random() < 0.8, group=group, strides=[stride] * 2
+            )
+            kind = int(rng.integers(0, 4))
+            y = (
+                [
+                    y,
+                    net.op("Relu", [y], f"{name}.relu"),
+                    net.clip(y, f"{name}.clip", -1.0 if kind == 3 else 0.0, 4.0),
+                    y,
+                ][kind]
+                if kind < 3
+                else y
+            )
+            return [(str(y), wide, side // stride)]
+        case 5 | 6:
+            return [(net.op("Add", [x, other], name), c, side)]
+        case 7:
+            return [(net.op("Mul", [x, net.op("Sigmoid", [other], f"{name}.gate")], name), c, side)]
+        case 8 if c <= 8:
+            return [(net.op("Concat", [x, other], name, axis=1), 2 * c, side)]
+        case 9:
+            return [(net.op(str(rng.choice(["MaxPool", "AveragePool"])), [x], name, **window), c, side // stride)]
+        case 10:
+            halves = net.op("Split", [x], name, outputs=2, axis=1, num_outputs=2)
+            return [(half, c // 2, side) for half in halves] if c >= 4 else []
+        case 11:
+            return [(net.pad(x, name, [0, 1, 0, 0, 0, 1, 0, 0]), c + 2, side)]
+        case 12:
+            return [(net.op("Relu", [x], name), c, side)]
+        case 13:
+            return [(net.op(str(rng.choice(["Tanh", "LeakyRelu"])), [x], name), c, side)]
+        case 14:
+            turned = net.op("Transpose", [x], f"{name}.turn", perm=[0, 1, 3, 2])
+            return [(net.slice(turned, name, starts=[0], ends=[2], axes=[1], steps=[1]), min(c, 2), side)]
+        case _:
+            return [(net.op("GlobalAveragePool", [x], name), c, 1)]
+
+
 def samples(model: ir.Model, count: int, seed: int = 0) -> dict[str, Array]:
     """Standard normal numbers for each input; `count` stands for every symbolic dimension."""
     rng = np.random.default_rng(seed)
-    shapes = {value.name: [d if isinstance(d, int) else count for d in value.shape or ()] for value in model.graph.inputs}
+    shapes = {
+        value.name: [d if isinstance(d, int) else count for d in value.shape or ()] for value in model.graph.inputs
+    }
     return {str(name): rng.normal(0, 1, shape).astype(np.float32) for name, shape in shapes.items()}
 
 
@@ -128,7 +207,9 @@ def simulate(model: ir.Model, feeds: Feeds) -> dict[str, Array]:
     return Session(model, optimize=False, threads=1).run(feeds)
 
 
-def compiled(model: ir.Model, backend: Backend, target: Target, folder: Path, *, precision: str = "int8") -> CompiledModel:
+def compiled(
+    model: ir.Model, backend: Backend, target: Target, folder: Path, *, precision: str = "int8"
+) -> CompiledModel:
     """An artifact of a lowered model, built and loaded."""
     path = folder / "model.onnx"
     save_onnx(model, path)
@@ -138,12 +219,35 @@ def compiled(model: ir.Model, backend: Backend, target: Target, folder: Path, *,
 def worst(ours: Feeds, theirs: Feeds) -> float:
     """The largest difference at any output, as a share of that output's largest magnitude."""
     assert ours.keys() == theirs.keys()
-    return max(float(np.abs(ours[name] - theirs[name]).max() / np.abs(theirs[name]).max()) for name in theirs)
+    return max(
+        float(np.abs(ours[name] - theirs[name]).max() / max(np.abs(theirs[name]).max(), 1e-6)) for name in theirs
+    )
 
 
 def text(model: ir.Model) -> list[str]:
-    """One line a node: `y = Op(a, b)`, by the names of values."""
-    return [
-        f"{', '.join(str(out.name) for out in node.outputs)} = {node.op_type}({', '.join(str(v.name) if v else '' for v in node.inputs)})"
-        for node in model.graph
+    """One line a node, `y = Op(a, b)`. What is read behind a DequantizeLinear is written `q(a)`, codes themselves `codes(a)`."""
+    shown = [node for node in model.graph if node.op_type not in ("QuantizeLinear", "DequantizeLinear")]
+    lines = [
+        f"{', '.join(map(_written, node.outputs))} = {node.op_type}({', '.join(map(_written, node.inputs))})"
+        for node in shown
     ]
+    return [*lines, f"return {', '.join(map(_written, model.graph.outputs))}"]
+
+
+def _written(value: ir.Value | None) -> str:
+    if value is None:
+        return ""
+    producer = value.producer()
+    if producer is not None and producer.op_type == "DequantizeLinear":
+        return f"q({_origin(producer.inputs[0])})"
+    codes = not value.is_initializer() and value.dtype in (ir.DataType.UINT8, ir.DataType.INT8)
+    return f"codes({_origin(value)})" if codes else str(value.name)
+
+
+def _origin(codes: ir.Value | None) -> str:
+    """The name of the tensor that codes stand for."""
+    assert codes is not None and codes.name is not None
+    producer = codes.producer()
+    if producer is not None and producer.op_type == "QuantizeLinear":
+        return str(producer.inputs[0].name if producer.inputs[0] is not None else "")
+    return codes.name.removesuffix("_quantized")

@@ -503,7 +503,7 @@ def test_an_npy_file_stays_on_disk(tmp_path: Path) -> None:
         ({"size": 0}, r"'size' is 0: .*expected one length or \[height, width\]"),
         ({"crop": [1, 2, 3]}, r"'crop' is \[1, 2, 3\]: .*expected one length"),
         ({"mean": [0.5, 0.5]}, r"'mean' is \[0.5, 0.5\]: .*expected one number or 3"),
-        ({"channels": "L", "std": [1, 1, 1]}, r"'std' is .*expected one number or 1, one for each channel of l"),
+        ({"channels": "L", "std": [1, 1, 1]}, r"'std' is .*expected one number or 1, one for each channel of L"),
         ({"std": [0.0]}, r"greater than 0"),
         ({"sise": 8}, r"unknown key 'sise'; did you mean 'size'"),
     ],

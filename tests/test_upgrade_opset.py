@@ -9,15 +9,17 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from graphs import Array, GraphBuilder, normal, run
 from onnx import TensorProto, helper
 
 from edgekit.errors import GraphError, SourceError
+from edgekit.graph.annotations import all_values, annotated_values, get_params, set_params
 from edgekit.graph.equal import prove_equal, random_feeds
 from edgekit.graph.io import load_onnx
 from edgekit.graph.operators import int_attribute
 from edgekit.passes.simplify import simplify
 from edgekit.passes.upgrade_opset import upgrade_opset
+from edgekit.quant.spec import QuantParams
+from graphs import Array, GraphBuilder, normal, run
 
 OPSET = 21
 FLOATS = np.float32
@@ -219,6 +221,19 @@ def test_other_domains_names_and_metadata_survive() -> None:
     assert not weight.is_graph_input()
     expected, found = upgraded_outputs(proto, {"x": normal(2, 3, 8, 8)})
     np.testing.assert_array_equal(found["gelu_y"], expected["gelu_y"])
+
+
+def test_quant_attributes_stay_on_their_tensors() -> None:
+    b = GraphBuilder(13)
+    model = b.model(b.conv(b.input("x", ["N", 3, 8, 8]), "conv", 3, 40))
+    grids = {
+        name: QuantParams("uint8", np.array(scale, np.float32), np.array(3))
+        for name, scale in (("x", 0.1), ("conv.weight", 0.2), ("conv_y", 0.3))
+    }
+    for value in all_values(model.graph):
+        set_params(value, grids.get(value.name or ""))
+    upgraded = upgrade_opset(model, opset=OPSET)
+    assert {value.name: get_params(value) for value in annotated_values(upgraded.graph)} == grids
 
 
 def test_newer_and_equal_opsets_stay_and_the_source_is_never_changed() -> None:

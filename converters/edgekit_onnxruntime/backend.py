@@ -13,6 +13,7 @@ import onnx_ir as ir
 from edgekit.backend import Artifact, Availability, CompiledModel, KernelRecord
 from edgekit.errors import BackendError
 from edgekit.lowering.qdq import lower_qdq
+from edgekit.lowering.saturation import saturation_warnings
 from edgekit.target import Target
 
 _MACHINES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
@@ -33,15 +34,17 @@ class OnnxRuntimeBackend:
         if target.device.arch in ("", machine):
             return Availability(True, True, True, name)
         reason = f"this machine is {machine}, the target {target.device.arch}: results are checked here, latency is not measured"
-        return Availability(True, False, True, name, reason, f"run `edgekit benchmark` on an {target.device.arch} machine")
+        return Availability(
+            True, False, True, name, reason, f"run `edgekit benchmark` on an {target.device.arch} machine"
+        )
 
     def lower(self, model: ir.Model, target: Target, *, keep_float: frozenset[str]) -> ir.Model:
         """The Quantize/DequantizeLinear graph that ONNX Runtime fuses to integer kernels."""
         return lower_qdq(model, target, keep_float=keep_float)
 
     def check(self, model: ir.Model, target: Target) -> list[str]:
-        """ONNX Runtime says itself what it does not take; it has no silent rules that a lowered graph could break."""
-        return []
+        """Weights that saturate on CPUs without VNNI. What ONNX Runtime does not take at all, it says itself."""
+        return saturation_warnings(model, target)
 
     def convert(self, model: Path, target: Target, out: Path, *, precision: str) -> Artifact:
         """The `.ort` file of a quantized model; a float model, and one whose target asks for `onnx`, is loaded as it is.

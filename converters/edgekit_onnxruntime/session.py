@@ -13,10 +13,14 @@ import onnxruntime as ort
 from edgekit.backend import Artifact, Feeds, KernelRecord, Outputs
 from edgekit.errors import BackendError
 from edgekit.target import Target
+from edgekit_onnxruntime.names import NodeNames, read_names
 
 _INTEGER_KERNELS = (
     "QLinear", "QGemm", "QAttention", "QEmbed", "MatMulInteger", "ConvInteger", "DynamicQuantize", "MatMulNBits", "QMoE",
 )  # fmt: skip
+_KEEP_FLOAT = ("optimization.disable_specified_optimizers", "WeightBiasQuantization")
+"""ONNX Runtime would quantize the weights of a float layer between a DequantizeLinear and a QuantizeLinear by itself, with one
+scale a tensor: the very layers that were kept in float because they cannot bear it."""
 _BF16_OPTION = "mlas.enable_gemm_fastmath_arm64_bfloat16"
 
 
@@ -26,6 +30,7 @@ def session_options(target: Target, *, threads: int | None = None) -> ort.Sessio
     options.intra_op_num_threads = threads or target.runtime.threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    options.add_session_config_entry(*_KEEP_FLOAT)
     for key, value in target.runtime.options.items():
         options.add_session_config_entry(key, value)
     return options
@@ -68,7 +73,7 @@ class OnnxRuntimeModel:
         """Run one inference: arrays by input name in, arrays by output name out."""
         try:
             results = self._session.run(self._output_names, dict(feeds))
-        except RUNTIME_ERRORS as error:
+        except RUN_ERRORS as error:
             raise BackendError(f"{self._artifact.path}: ONNX Runtime fails to run: {str(error).strip()}") from error
         return dict(zip(self._output_names, results, strict=True))
 
@@ -96,7 +101,12 @@ class OnnxRuntimeModel:
             session = open_session(self._artifact.path, options)
             session.run(self._output_names, dict(feeds))
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-        return [_record(event) for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
+        names = read_names(self._artifact.path)
+        return [
+            _record(event, names)
+            for event in events
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
+        ]
 
     def _options(self) -> ort.SessionOptions:
         options = session_options(self._target)
@@ -105,20 +115,22 @@ class OnnxRuntimeModel:
         return options
 
 
-def _record(event: dict[str, object]) -> KernelRecord:
+def _record(event: dict[str, object], names: NodeNames) -> KernelRecord:
     arguments = event["args"]
     assert isinstance(arguments, dict)
     op_name = str(arguments.get("op_name", ""))
     name = str(event["name"]).removesuffix("_kernel_time")
     precision = "int8" if op_name.startswith(_INTEGER_KERNELS) else _float_precision(arguments)
-    return KernelRecord((name,), op_name, precision)
+    return KernelRecord(names.layers(name, op_name), op_name, precision)
 
 
 def _float_precision(arguments: dict[str, object]) -> str:
     """From the types of the first input: moving codes is int8 work, arithmetic on floats is not."""
     types = arguments.get("input_type_shape")
     first = next(iter(types[0]), "") if isinstance(types, list) and types and isinstance(types[0], dict) else ""
-    return {"float": "f32", "float16": "f16", "bfloat16": "bf16", "int8": "int8", "uint8": "int8"}.get(first, first or "f32")
+    return {"float": "f32", "float16": "f16", "bfloat16": "bf16", "int8": "int8", "uint8": "int8"}.get(
+        first, first or "f32"
+    )
 
 
 _STATE = ort.capi.onnxruntime_pybind11_state
@@ -132,3 +144,5 @@ RUNTIME_ERRORS: tuple[type[Exception], ...] = (
     _STATE.RuntimeException,
     _STATE.EPFail,
 )
+RUN_ERRORS: tuple[type[Exception], ...] = (ValueError, *RUNTIME_ERRORS)
+"""Inputs that are missing are a ValueError."""

@@ -14,7 +14,9 @@ from edgekit.backend import Artifact, Availability, CompiledModel, KernelRecord
 from edgekit.errors import BackendError
 from edgekit.graph.annotations import DTYPES
 from edgekit.lowering.qdq import lower_qdq
+from edgekit.lowering.saturation import saturation_warnings
 from edgekit.target import Target
+from edgekit_openvino.bias import add_biases
 
 _REMEDY = "pip install 'edgekit[openvino]'"
 
@@ -33,33 +35,29 @@ class OpenVinoBackend:
         if target.device.arch in ("", machine):
             return Availability(True, True, True, name)
         reason = f"this machine is {machine}, the target {target.device.arch}: results are checked here, latency is not measured"
-        return Availability(True, False, True, name, reason, f"run `edgekit benchmark` on an {target.device.arch} machine")
+        return Availability(
+            True, False, True, name, reason, f"run `edgekit benchmark` on an {target.device.arch} machine"
+        )
 
     def lower(self, model: ir.Model, target: Target, *, keep_float: frozenset[str]) -> ir.Model:
         """The Quantize/DequantizeLinear graph that OpenVINO reads as FakeQuantize and runs in int8."""
-        return lower_qdq(model, target, keep_float=keep_float)
+        return add_biases(lower_qdq(model, target, keep_float=keep_float))
 
     def check(self, model: ir.Model, target: Target) -> list[str]:
         """Graphs that OpenVINO accepts and computes wrongly, or silently runs in float.
 
-        1. Pad between a DequantizeLinear and its reader: wrong where the zero point is not 0 and the batch is dynamic.
+        1. Pad between a DequantizeLinear and its reader, and Pad of codes with a number other than 0.
         2. Weights with a zero point run in f32.
         3. 16-bit grids are stripped, their clamp too.
+        4. Weights that saturate on CPUs without VNNI.
         """
         found = []
         for node in model.graph:
-            if node.op_type == "Pad" and any(_is_op(value, "DequantizeLinear") for value in node.inputs[:1]):
-                found.append(f"Pad {node.name!r} reads a DequantizeLinear: OpenVINO pads codes with 0, not with the zero point")
-            if node.op_type != "DequantizeLinear":
-                continue
-            zero_point = node.inputs[2] if len(node.inputs) > 2 else None
-            if zero_point is None or zero_point.const_value is None:
-                continue
-            if node.inputs[0] is not None and node.inputs[0].const_value is not None and zero_point.const_value.numpy().any():
-                found.append(f"weight {node.inputs[0].name!r} has a zero point other than 0: OpenVINO runs its layer in f32")
-            if zero_point.const_value.dtype in (DTYPES["int16"], DTYPES["uint16"]):
-                found.append(f"{node.name!r} is a 16-bit grid: OpenVINO drops it, its clamp too")
-        return found
+            if node.op_type == "Pad":
+                found += _pad_rules(node)
+            if node.op_type == "DequantizeLinear":
+                found += _grid_rules(node)
+        return found + saturation_warnings(model, target)
 
     def convert(self, model: Path, target: Target, out: Path, *, precision: str) -> Artifact:
         """OpenVINO IR: `.xml` for the graph, `.bin` for the weights.
@@ -96,6 +94,24 @@ class OpenVinoBackend:
         return OpenVinoModel(artifact, target, exact=exact)
 
 
-def _is_op(value: ir.Value | None, op_type: str) -> bool:
-    producer = value.producer() if value is not None else None
-    return producer is not None and producer.op_type == op_type
+def _pad_rules(pad: ir.Node) -> list[str]:
+    source, filling = pad.inputs[0], pad.inputs[2] if len(pad.inputs) > 2 else None
+    producer = source.producer() if source is not None else None
+    if producer is not None and producer.op_type == "DequantizeLinear":
+        return [f"Pad {pad.name!r} reads a DequantizeLinear: OpenVINO pads codes with 0, not with the zero point"]
+    codes = source is not None and source.dtype in (DTYPES["int8"], DTYPES["uint8"])
+    if codes and filling is not None and filling.const_value is not None and filling.const_value.numpy().any():
+        return [f"Pad {pad.name!r} pads codes with a zero point other than 0: OpenVINO pads channels with 0"]
+    return []
+
+
+def _grid_rules(dequantize: ir.Node) -> list[str]:
+    codes, zero_point = dequantize.inputs[0], dequantize.inputs[2] if len(dequantize.inputs) > 2 else None
+    if codes is None or zero_point is None or zero_point.const_value is None:
+        return []
+    found = []
+    if codes.const_value is not None and zero_point.const_value.numpy().any():
+        found.append(f"weight {codes.name!r} has a zero point other than 0: OpenVINO runs its layer in f32")
+    if zero_point.const_value.dtype in (DTYPES["int16"], DTYPES["uint16"]):
+        found.append(f"{dequantize.name!r} is a 16-bit grid: OpenVINO drops it, its clamp too")
+    return found

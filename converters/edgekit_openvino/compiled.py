@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import openvino as ov
 
 from edgekit.backend import Artifact, Feeds, KernelRecord, Outputs
@@ -14,6 +16,7 @@ from edgekit.errors import BackendError
 from edgekit.target import Target
 
 _PRECISIONS = {"i8": "int8", "u8": "int8", "f32": "f32", "bf16": "bf16", "f16": "f16", "i32": "int32", "i64": "int64"}
+_NO_KERNEL = ("Input", "Output", "Const", "Parameter", "Result", "Constant")
 
 
 def save_ir(model: Path, path: Path) -> None:
@@ -23,14 +26,31 @@ def save_ir(model: Path, path: Path) -> None:
         BackendError: with OpenVINO's words.
     """
     try:
-        ov.save_model(ov.Core().read_model(model), path, compress_to_fp16=False)
+        network = ov.Core().read_model(model)
+        _name_outputs(network, model)
+        ov.save_model(network, path, compress_to_fp16=False)
     except RuntimeError as error:
         raise BackendError(f"{model}: OpenVINO refuses the model: {_reason(error)}") from error
+
+
+def _name_outputs(network: Any, model: Path) -> None:
+    """Give the operations that make the outputs the names of their ONNX nodes, as all others have; OpenVINO names them by tensor."""
+    producers = {value.name: value.producer() for value in ir.load(model).graph.outputs}
+    for output in network.outputs:
+        node = producers.get(_output_name(output))
+        if node is not None and node.name:
+            output.get_node().input_value(0).get_node().set_friendly_name(node.name)
 
 
 def has_bfloat16() -> bool:
     """Whether OpenVINO computes in bfloat16 on this CPU."""
     return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def _output_name(output: Any) -> str:
+    """The ONNX name of an output; its tensor has several names where OpenVINO found two equal computations."""
+    name = str(output.get_node().get_friendly_name()).removesuffix("/sink_port_0")
+    return name if name in output.get_names() else str(output.get_any_name())
 
 
 class OpenVinoModel:
@@ -50,7 +70,7 @@ class OpenVinoModel:
             self._compiled = ov.Core().compile_model(artifact.path, "CPU", config)
         except RuntimeError as error:
             raise BackendError(f"{artifact.path}: OpenVINO refuses the model: {_reason(error)}") from error
-        self._names = [output.get_any_name() for output in self._compiled.outputs]
+        self._names = [_output_name(output) for output in self._compiled.outputs]
 
     def run(self, feeds: Feeds) -> Outputs:
         """Run one inference: arrays by input name in, arrays by output name out."""
@@ -77,17 +97,32 @@ class OpenVinoModel:
 
     def kernels(self, feeds: Feeds) -> list[KernelRecord]:
         """The nodes of the runtime model: kernel name, and the precision that it computes in."""
+        self.run(feeds)  # with a dynamic batch, some kernels are chosen by the first inference
         records = []
         for op in self._compiled.get_runtime_model().get_ordered_ops():
             info = op.get_rt_info()
-            layer_type = str(info["layerType"].astype(str)) if "layerType" in info else op.get_type_name()
-            if layer_type in ("Input", "Output", "Const", "Parameter", "Result"):
+            layer_type = _text(info, "layerType") or op.get_type_name()
+            if layer_type in _NO_KERNEL:
                 continue
-            kernel = _text(info, "primitiveType")
-            names = tuple(name for name in _text(info, "originalLayersNames").split(",") if name)
-            precision = _text(info, "runtimePrecision").lower()
+            names = source_names(_text(info, "originalLayersNames"))
+            kernel, precision = _text(info, "primitiveType"), _text(info, "runtimePrecision").lower()
             records.append(KernelRecord(names, f"{layer_type}/{kernel}", _PRECISIONS.get(precision, precision)))
         return records
+
+
+_OWN_TYPES = "Convert|ConvolutionBackpropData|Divide|GroupConvolution|MVN|Multiply|Subtract"
+_INVENTED = re.compile(rf"({_OWN_TYPES})_\d+|.*(_flatten_reshape|/transpose_[ab])")
+"""Operations that OpenVINO adds. One that transposes a weight bears its layer's name, and would speak for its precision."""
+_SUFFIX = re.compile(r"(/WithoutBiases|/Dequantization(Multiply|Subtract|Convert)|_original)+$")
+
+
+def source_names(original: str) -> tuple[str, ...]:
+    """The names of ONNX nodes in OpenVINO's list of original layers, each once, in order.
+
+    An operator that OpenVINO reads as several operations gives them its name and a suffix.
+    """
+    names = [name for name in original.split(",") if name and not _INVENTED.fullmatch(name)]
+    return tuple(dict.fromkeys(_SUFFIX.sub("", name) for name in names))
 
 
 def _text(info: Any, key: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import google.protobuf.message  # type: ignore[import-untyped]
+import google.protobuf.message
 import onnx_ir as ir
 from onnx_ir import external_data
 
@@ -72,7 +72,7 @@ def save_onnx(model: ir.Model, path: Path) -> None:
             f"{path}: cannot be written ({error.strerror or error}); choose another output folder"
         ) from error
     finally:
-        if partial.exists():
+        if partial.is_file():
             partial.unlink()
 
 

@@ -82,6 +82,12 @@ def dims(value: ir.Value | None) -> tuple[int | None, ...] | None:
     return tuple(d if isinstance(d, int) else None for d in value.shape)
 
 
+def copy_type(value: ir.Value, like: ir.Value) -> None:
+    """Give a value the shape and element type of another. They are copied: `value.dtype = ...` changes a shared type."""
+    value.shape = None if like.shape is None else like.shape.copy()
+    value.type = None if like.dtype is None else ir.TensorType(like.dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class Layer:
     """A node with weights, or a multiplication of two activations.

@@ -36,13 +36,7 @@ def quantized_nodes(
 
 def passes_on(node: ir.Node, target: Target) -> bool:
     """Whether a node hands its input's codes on: pass-through operators, absorbed activations, and Pad with zeros."""
-    if node.domain:
-        return False
-    return (
-        target.rule_for(node.op_type) == "pass_through"
-        or node.op_type in target.quantization.absorb
-        or pads_with_zero(node)
-    )
+    return not node.domain and (node.op_type in target.quantization.absorb or moves_numbers(node, target))
 
 
 def absorbed_output(value: ir.Value, target: Target) -> ir.Value:
@@ -61,11 +55,19 @@ def shares_grid(node: ir.Node, target: Target) -> list[ir.Value]:
         return []
     if node.op_type in target.quantization.unify:
         tied = [*node.inputs, *node.outputs]
-    elif target.rule_for(node.op_type) == "pass_through" or pads_with_zero(node):
+    elif moves_numbers(node, target):
         tied = [node.inputs[0], *node.outputs]
     else:
         return []
     return [value for value in tied if value is not None and is_float(value) and not is_constant(value)]
+
+
+def moves_numbers(node: ir.Node, target: Target) -> bool:
+    """Whether what a node makes lies in its input's range: pass-through operators (but cubic Resize), and Pad with zeros."""
+    if node.domain or target.rule_for(node.op_type) != "pass_through":
+        return pads_with_zero(node)
+    mode = node.attributes.get("mode")
+    return node.op_type != "Resize" or mode is None or mode.as_string() != "cubic"
 
 
 def pads_with_zero(node: ir.Node) -> bool:

@@ -55,7 +55,10 @@ def place(model: ir.Model, target: Target, *, keep_float: frozenset[str] = froze
         placement.reads.update((node, index) for index in _read_activations(node, parts, placement, target))
     always = target.quantization.output_q == "always"
     for node in reversed(list(model.graph)):
-        if node.name not in keep_float and _hands_on(node, placement, target):
+        if node in placement.quantized:
+            if not always and not _is_worth_codes(node, placement, target):
+                placement.reads -= {(node, index) for index in placement.quantized.pop(node).activations}
+        elif node.name not in keep_float and _hands_on(node, placement, target):
             _hand_on(node, placement, target, always=always)
     if always:
         for node in placement.quantized:
@@ -87,46 +90,64 @@ def _only_reader_of_convolution(value: ir.Value, placement: Placement) -> bool:
     return producer.op_type in _CONVOLUTIONS and len(value.uses()) == 1 and not value.is_graph_output()
 
 
+def _is_worth_codes(node: ir.Node, placement: Placement, target: Target) -> bool:
+    """Whether a node that only averages or joins numbers is followed by a Q; without one, codes in front of it gain nothing.
+
+    OpenVINO would round an average to the input's grid, and move a DequantizeLinear behind the node to a Pad.
+    """
+    uses = [(use.node, use.idx) for output in node.outputs for use in output.uses()]
+    on_codes = [use in placement.reads for use in uses]
+    if node.op_type in ("AveragePool", "GlobalAveragePool"):
+        return all(on_codes) and bool(uses) and not node.outputs[0].is_graph_output()
+    if node.op_type == "Concat":
+        return any(on_codes) and not _reaches_float_pad(node, placement, target)
+    return True
+
+
 def _hands_on(node: ir.Node, placement: Placement, target: Target) -> bool:
     """Whether a node only moves numbers, between grids that exist, and somebody reads what it makes as codes."""
     moves = not node.domain and target.rule_for(node.op_type) == "pass_through"
-    pads = target.quantization.integer_pad and pads_with_zero(node)
-    if not (moves or pads) or is_constant(node.inputs[0]):
+    if not (moves or pads_with_zero(node)) or is_constant(node.inputs[0]):
         return False
-    grids = [get_params(value) for value in (node.inputs[0], *node.outputs)]
-    if any(grid is None for grid in grids) or (pads and not _equal(grids)):
+    grids = [grid for value in (node.inputs[0], *node.outputs) if (grid := get_params(value)) is not None]
+    if len(grids) <= len(node.outputs) or not (moves or _pads_on_codes(grids, target)):
         return False
-    return any(placement.readers(output) for output in node.outputs) and not _reaches_float_pad(node, target)
+    return any(placement.readers(output) for output in node.outputs) and not _reaches_float_pad(node, placement, target)
+
+
+def _pads_on_codes(grids: list[QuantParams], target: Target) -> bool:
+    """Whether a Pad between two grids runs on codes: they must be one, and the zero point what the target can pad with."""
+    rule = target.quantization.integer_pad
+    allowed = rule == "always" or (rule == "zero" and not grids[0].zero_point.any())
+    return allowed and same_grid(grids[0], grids[1])
 
 
 def _hand_on(node: ir.Node, placement: Placement, target: Target, *, always: bool) -> None:
     uses = {(use.node, use.idx) for output in node.outputs for use in output.uses()}
-    all_on_codes = uses <= placement.reads and not any(output.is_graph_output() for output in node.outputs)
+    on_codes_only = uses <= placement.reads and not any(output.is_graph_output() for output in node.outputs)
+    beside_pad = node.op_type == "Pad" or any(reader in placement.integer_pads for reader, _ in uses)
     placement.reads.add((node, 0))
     if node.op_type == "Pad":
         placement.integer_pads.add(node)
     if always:
         placement.shared.update(node.outputs)
-    elif target.quantization.pass_through_q == "before" and all_on_codes:
+    elif target.quantization.pass_through_q == "before" and on_codes_only and not beside_pad:
         placement.reads -= uses
 
 
-def _equal(grids: list[QuantParams | None]) -> bool:
-    return all(grid is not None and grids[0] is not None and same_grid(grid, grids[0]) for grid in grids)
-
-
-def _reaches_float_pad(node: ir.Node, target: Target) -> bool:
+def _reaches_float_pad(node: ir.Node, placement: Placement, target: Target) -> bool:
     """Whether a Pad in float reads what a node makes, at once or behind others that move numbers.
 
-    A DequantizeLinear in front of it would be moved behind it by the runtime (OpenVINO), which then pads with the wrong number.
+    OpenVINO moves a DequantizeLinear in front of it behind it, and then pads with the wrong number.
     """
-    if target.quantization.integer_pad:
+    if target.quantization.integer_pad == "always":
         return False
-    readers = [use.node for output in node.outputs for use in output.uses() if use.idx == 0]
-    return any(
-        reader.op_type == "Pad" or (target.rule_for(reader.op_type) == "pass_through" and _reaches_float_pad(reader, target))
-        for reader in readers
-    )
+    for reader in (use.node for output in node.outputs for use in output.uses() if use.idx == 0):
+        if reader.op_type == "Pad" and reader not in placement.integer_pads:
+            return True
+        if target.rule_for(reader.op_type) == "pass_through" and _reaches_float_pad(reader, placement, target):
+            return True
+    return False
 
 
 def _share_output(node: ir.Node, placement: Placement, target: Target, keep_float: frozenset[str]) -> None:

@@ -9,14 +9,18 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgekit.errors import GraphError
-from edgekit.graph.annotations import DTYPES, annotated_values, code_tensor, get_params, set_params
-from edgekit.graph.operators import Roles, is_constant
+from edgekit.graph.annotations import DTYPES, annotated_values, code_tensor, fresh_name, get_params, set_params
+from edgekit.graph.operators import Roles, copy_type, is_constant
 from edgekit.lowering.placement import Placement, place
 from edgekit.lowering.writer import node_name, remove_dead
 from edgekit.quant.affine import TINY, middle_code, quantize, regrid, weight_params
 from edgekit.quant.spec import QuantParams, QuantSpec
 from edgekit.target import Target
 
+_OLDEST = 13
+"""The first opset with a scale for each channel."""
+_BIAS = 2
+"""The input of Conv, ConvTranspose and Gemm that is the bias."""
 _LARGEST_BIAS = 2**30
 """In codes; what int32 holds beyond it is left to the sum of products."""
 
@@ -37,7 +41,9 @@ def lower_qdq(model: ir.Model, target: Target, *, keep_float: frozenset[str] = f
     """
     model = model.clone()
     if model.opset_imports.get("", 0) < _OLDEST:
-        raise GraphError(f"the model has opset {model.opset_imports.get('', 0)}; expected {_OLDEST} or later: compress it again")
+        raise GraphError(
+            f"the model has opset {model.opset_imports.get('', 0)}; expected {_OLDEST} or later: compress it again"
+        )
     _regrid(model, target)
     placement = place(model, target, keep_float=keep_float)
     for node in placement.redundant:
@@ -53,9 +59,6 @@ def lower_qdq(model: ir.Model, target: Target, *, keep_float: frozenset[str] = f
     return model
 
 
-_OLDEST = 13
-
-
 def _regrid(model: ir.Model, target: Target) -> None:
     rules = target.quantization
     for value in annotated_values(model.graph):
@@ -63,9 +66,14 @@ def _regrid(model: ir.Model, target: Target) -> None:
         assert params is not None
         try:
             weight = is_constant(value)
-            set_params(value, _weight_grid(value, params, rules.weight.spec) if weight else regrid(params, rules.activation.spec))
+            set_params(
+                value,
+                _weight_grid(value, params, rules.weight.spec) if weight else regrid(params, rules.activation.spec),
+            )
         except GraphError as error:
-            raise GraphError(f"tensor {value.name!r} cannot be quantized for target {target.name!r}: {error}") from error
+            raise GraphError(
+                f"tensor {value.name!r} cannot be quantized for target {target.name!r}: {error}"
+            ) from error
 
 
 def _weight_grid(weight: ir.Value, params: QuantParams, spec: QuantSpec) -> QuantParams:
@@ -76,7 +84,9 @@ def _weight_grid(weight: ir.Value, params: QuantParams, spec: QuantSpec) -> Quan
     if params.fixed:
         return regrid(params, replace(spec, narrow_range=spec.narrow_range and params.narrow_range))
     axis = params.axis if spec.per_channel else None
-    return weight_params(_numbers(weight), replace(spec, per_channel=axis is not None), axis=axis, observer=params.observer)
+    return weight_params(
+        _numbers(weight), replace(spec, per_channel=axis is not None), axis=axis, observer=params.observer
+    )
 
 
 def _numbers(constant: ir.Value) -> NDArray[np.float32]:
@@ -99,7 +109,7 @@ class _Lowering:
     """Writes Q/DQ into one graph.
 
     Attributes:
-        codes: what a DequantizeLinear makes -> the codes that it reads.
+        codes: a float value -> its codes.
     """
 
     def __init__(self, graph: ir.Graph, target: Target) -> None:
@@ -107,7 +117,8 @@ class _Lowering:
         self.integer_bias = target.quantization.bias == "int32"
         self.codes: dict[ir.Value, ir.Value] = {}
         values = (value for node in graph.all_nodes() for value in (*node.inputs, *node.outputs) if value is not None)
-        self._taken = {value.name for value in (*graph.inputs, *graph.initializers.values(), *values)}
+        self._values = {value.name for value in (*graph.inputs, *graph.initializers.values(), *values)}
+        self._nodes = {node.name for node in graph.all_nodes()}
         self._weights: dict[tuple[ir.Value, bytes], ir.Value] = {}
 
     def lower_weight(self, node: ir.Node, parts: Roles) -> None:
@@ -116,20 +127,23 @@ class _Lowering:
             return
         weight, activation = node.inputs[parts.weight], get_params(node.inputs[parts.activations[0]])
         params = get_params(weight)
-        assert weight is not None and params is not None and activation is not None, "place chooses only nodes with grids"
+        assert weight is not None and params is not None and activation is not None, (
+            "place chooses only nodes with grids"
+        )
         row = _bias_row(node, parts, weight) if self.integer_bias else None
         if row is not None:
             params = _widened(params, activation, row)
-            # The product is taken in float32: ONNX Runtime fuses only where scale(bias) == scale(x) * scale(w) to float rounding.
+            # Taken in float32: ONNX Runtime fuses only where scale(bias) == scale(x) * scale(w) to float rounding.
             scale = np.asarray(activation.scale * params.scale, np.float32)
             grid = QuantParams("int32", scale, np.zeros(scale.shape, np.int64), 0 if scale.ndim else None)
             codes = np.rint(row / scale.astype(np.float64))
-            assert parts.bias is not None and np.all(np.abs(codes) <= 2 * _LARGEST_BIAS)
-            bias = self._constant(node, f"{node_name(node)}_bias", codes, grid)
-            node.replace_input_with(parts.bias, bias)
+            assert np.all(np.abs(codes) <= 2 * _LARGEST_BIAS)
+            node.replace_input_with(_BIAS, self._constant(node, f"{node_name(node)}_bias", codes, grid, weight))
         key = (weight, params.scale.tobytes())
         if key not in self._weights:
-            self._weights[key] = self._constant(node, str(weight.name), quantize(_numbers(weight), params), params)
+            self._weights[key] = self._constant(
+                node, str(weight.name), quantize(_numbers(weight), params), params, weight
+            )
         node.replace_input_with(parts.weight, self._weights[key])
 
     def lower_activation(self, value: ir.Value, placement: Placement) -> None:
@@ -142,55 +156,63 @@ class _Lowering:
         name = value.name
         is_output = shared and value in self.graph.outputs
         if is_output:
-            value.name = self._fresh(f"{name}_float")
-        grid = self._grid(name, params)
+            value.name = fresh_name(f"{name}_float", self._values)
+        grid = self._grid(name, params, value)
         producer = value.producer()
         if producer is not None and producer in placement.integer_pads:
             codes = self._pad_codes(producer, grid[1])
         else:
-            codes = self._node_after(value, ir.node("QuantizeLinear", [value, *grid], name=f"{name}/QuantizeLinear"))
-        codes.name, codes.shape, codes.dtype = self._fresh(f"{name}_quantized"), value.shape, DTYPES[params.dtype]
-        result = self._node_after(codes, ir.node("DequantizeLinear", [codes, *grid], name=f"{name}/DequantizeLinear"))
-        result.name = name if is_output else self._fresh(f"{name}_dequantized")
-        result.shape, result.dtype = value.shape, value.dtype or ir.DataType.FLOAT
-        self.codes[result] = codes
+            codes = self._node_after(value, self._node("QuantizeLinear", [value, *grid], name))
+        copy_type(codes, value)
+        codes.name, codes.dtype = fresh_name(f"{name}_quantized", self._values), DTYPES[params.dtype]
+        result = self._node_after(codes, self._node("DequantizeLinear", [codes, *grid], name))
+        result.name = name if is_output else fresh_name(f"{name}_dequantized", self._values)
+        copy_type(result, value)
+        self.codes[value] = codes
         for node, index in readers:
-            node.replace_input_with(index, result)
+            if node not in placement.integer_pads:  # these read the codes themselves
+                node.replace_input_with(index, result)
         if is_output:
             self.graph.outputs[self.graph.outputs.index(value)] = result
 
     def _pad_codes(self, pad: ir.Node, zero_point: ir.Value) -> ir.Value:
-        """The same Pad on codes, where zero is the zero point; the float one is left without readers."""
+        """The same Pad on codes, where zero is the zero point. The float one stays for readers of floats, under another name."""
         assert pad.inputs[0] is not None
+        name, pad.name = pad.name, fresh_name(f"{pad.name}/float", self._nodes)
         inputs = [self.codes[pad.inputs[0]], pad.inputs[1], zero_point, *pad.inputs[3:]]
-        codes = ir.node("Pad", inputs, pad.attributes, name=pad.name, metadata_props=dict(pad.metadata_props))
+        codes = ir.node("Pad", inputs, pad.attributes, name=name, metadata_props=dict(pad.metadata_props))
         return self._node_after(pad.outputs[0], codes)
 
-    def _constant(self, node: ir.Node, name: str, codes: NDArray[np.generic], params: QuantParams) -> ir.Value:
-        """Codes as an initializer, and a DequantizeLinear before `node` that reads it."""
+    def _constant(
+        self, node: ir.Node, name: str, codes: NDArray[np.generic], params: QuantParams, like: ir.Value
+    ) -> ir.Value:
+        """Codes as an initializer, and a DequantizeLinear before `node` that makes floats of them, of the type of `like`."""
         stored = self._initializer(f"{name}_quantized", codes, DTYPES[params.dtype])
-        attributes = {} if params.axis is None else {"axis": params.axis}
-        inputs = [stored, *self._grid(name, params)]
-        dequantize = ir.node("DequantizeLinear", inputs, attributes, name=f"{name}/DequantizeLinear")
+        dequantize = self._node("DequantizeLinear", [stored, *self._grid(name, params, like)], name, axis=params.axis)
         self.graph.insert_before(node, dequantize)
         result = dequantize.outputs[0]
-        result.name = self._fresh(f"{name}_dequantized")
-        result.shape, result.dtype = ir.Shape(codes.shape), ir.DataType.FLOAT
+        result.name = fresh_name(f"{name}_dequantized", self._values)
+        result.shape, result.dtype = ir.Shape(codes.shape), like.dtype or ir.DataType.FLOAT
         return result
 
-    def _grid(self, name: str, params: QuantParams) -> list[ir.Value]:
+    def _grid(self, name: str, params: QuantParams, like: ir.Value) -> list[ir.Value]:
+        """Scale, of the float type of `like`, and zero point."""
         zero_point = np.broadcast_to(params.zero_point, params.scale.shape)
         return [
-            self._initializer(f"{name}_scale", params.scale, ir.DataType.FLOAT),
+            self._initializer(f"{name}_scale", params.scale, like.dtype or ir.DataType.FLOAT),
             self._initializer(f"{name}_zero_point", zero_point, DTYPES[params.dtype]),
         ]
 
     def _initializer(self, name: str, array: NDArray[np.generic], dtype: ir.DataType) -> ir.Value:
-        name = self._fresh(name)
+        name = fresh_name(name, self._values)
         value = ir.Value(name=name, const_value=code_tensor(np.asarray(array), dtype, name))
         value.shape, value.dtype = ir.Shape(array.shape), dtype
         self.graph.register_initializer(value)
         return value
+
+    def _node(self, op_type: str, inputs: list[ir.Value], name: str, *, axis: int | None = None) -> ir.Node:
+        attributes = {} if axis is None else {"axis": axis}
+        return ir.node(op_type, inputs, attributes, name=fresh_name(f"{name}/{op_type}", self._nodes))
 
     def _node_after(self, value: ir.Value, node: ir.Node) -> ir.Value:
         """Insert a node right behind whatever makes `value`; returns its output."""
@@ -201,17 +223,11 @@ class _Lowering:
             self.graph.insert_before(self.graph[0], node)
         return node.outputs[0]
 
-    def _fresh(self, name: str) -> str:
-        while name in self._taken:
-            name += "_"
-        self._taken.add(name)
-        return name
-
 
 def _bias_row(node: ir.Node, parts: Roles, weight: ir.Value) -> NDArray[np.float64] | None:
-    """The bias as one number for each output channel, shape `(C_out,)`; None where it cannot stand on the accumulator's grid."""
-    bias = node.inputs[parts.bias] if parts.bias is not None else None
-    if bias is None or bias.const_value is None:
+    """The bias as one number for each output channel, shape `(C_out,)`; None where it has no place on the accumulator's grid."""
+    bias = node.inputs[_BIAS] if node.op_type != "MatMul" and len(node.inputs) > _BIAS else None
+    if bias is None or not is_constant(bias) or bias.const_value is None:
         return None
     if any(node.attributes.get_float(name, 1.0) != 1.0 for name in ("alpha", "beta")):
         return None
@@ -224,8 +240,8 @@ def _bias_row(node: ir.Node, parts: Roles, weight: ir.Value) -> NDArray[np.float
 def _channels(node: ir.Node, parts: Roles, weight: ir.Value) -> int:
     shape = _numbers(weight).shape
     if node.op_type == "ConvTranspose":
-        return shape[1] * node.attributes.get_int("group", 1)
-    return shape[0 if parts.weight_axis is None else parts.weight_axis]
+        return int(shape[1] * node.attributes.get_int("group", 1))
+    return int(shape[0 if parts.weight_axis is None else parts.weight_axis])
 
 
 def _widened(params: QuantParams, activation: QuantParams, bias: NDArray[np.float64]) -> QuantParams:

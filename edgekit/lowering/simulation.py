@@ -17,6 +17,7 @@ from edgekit.graph.annotations import (
     get_params,
     set_params,
 )
+from edgekit.graph.operators import copy_type
 from edgekit.quant.spec import QuantParams
 
 
@@ -75,8 +76,8 @@ def _node(
     op_type: str, inputs: list[ir.Value], attributes: dict[str, int], name: str, output_name: str, like: ir.Value
 ) -> ir.Node:
     node = ir.node(op_type, inputs, attributes, name=name)
-    output = node.outputs[0]
-    output.name, output.shape, output.type = output_name, like.shape, like.type
+    node.outputs[0].name = output_name
+    copy_type(node.outputs[0], like)
     return node
 
 

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgekit.graph.annotations import all_values, fresh_name, get_params, set_params
-from edgekit.graph.operators import LINEAR, Roles, int_attribute, is_constant, roles
+from edgekit.graph.operators import LINEAR, Roles, copy_type, int_attribute, is_constant, roles
 from edgekit.quant.spec import QuantParams
 
 F64 = NDArray[np.float64]
@@ -70,6 +70,7 @@ def _foldable(batchnorm: ir.Node) -> ir.Node | None:
 def _fold(graph: ir.Graph, linear: ir.Node, batchnorm: ir.Node) -> None:
     parts = roles(linear)
     assert parts is not None and parts.weight is not None
+    parameters = {value for value in (*linear.inputs[1:], *batchnorm.inputs[1:]) if value is not None}
     gamma, beta, mean, variance = (_array(batchnorm.inputs[i]) for i in range(1, 5))
     epsilon = batchnorm.attributes["epsilon"].as_float() if "epsilon" in batchnorm.attributes else 1e-5
     factor = gamma / np.sqrt(variance + epsilon)
@@ -85,8 +86,7 @@ def _fold(graph: ir.Graph, linear: ir.Node, batchnorm: ir.Node) -> None:
     # Named after the linear operator: a bias may be shared, or be named after what it was before.
     bias_value = _constant(graph, f"{linear.name or weight_value.name}.bias.folded", bias, dtype)
     _attach_bias(graph, linear, batchnorm, bias_value)
-    unused = {value for value in (weight_value, *batchnorm.inputs[1:]) if value is not None}
-    for value in unused:
+    for value in parameters:
         if value.is_initializer() and not value.uses() and not value.is_graph_output():
             del graph.initializers[value.name or ""]
 
@@ -102,7 +102,7 @@ def _attach_bias(graph: ir.Graph, linear: ir.Node, batchnorm: ir.Node, bias: ir.
         if len(linear.inputs) < 3:
             linear.resize_inputs(3)
         linear.replace_input_with(2, bias)
-    result.shape, result.type = output.shape, output.type
+    copy_type(result, output)
     set_params(result, get_params(output))
     name = output.name
     output.replace_all_uses_with(result, replace_graph_outputs=True)

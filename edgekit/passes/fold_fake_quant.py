@@ -13,7 +13,7 @@ from onnx_ir.passes import common
 
 from edgekit.errors import GraphError
 from edgekit.graph.annotations import METADATA, all_values, described, fresh_name, get_params, set_params
-from edgekit.graph.operators import int_attribute, is_constant
+from edgekit.graph.operators import LINEAR, copy_type, int_attribute, is_constant
 from edgekit.quant.affine import dequantize
 from edgekit.quant.spec import INTEGER_RANGES, QuantParams, same_grid
 
@@ -31,6 +31,8 @@ def fold_fake_quant(model: ir.Model) -> ir.Model:
     2. constant codes -> DQ: the constant becomes float, on its grid; int32 codes (biases) become plain floats.
     3. `Q -> Pad / Reshape / MaxPool / ... on codes -> DQ`: the operator runs on floats, and its output is on the same grid.
     4. `DQ -> Q` on another grid: the second grid goes to a copy (Identity) of the tensor.
+    5. `Conv -> Q` on a grid that ends at 0: other tools delete the Relu that saturation replaces. It comes back, or readers
+       that a target leaves in float would see negative numbers.
 
     Grids found this way are marked fixed: they were trained, or chosen by somebody, and are not moved later. Those of
     `insert_qdq` come back as they were.
@@ -81,8 +83,10 @@ class _Fold:
     origin: dict[ir.Value, str] = field(default_factory=dict)
 
     def quantize(self, node: ir.Node) -> None:
-        source = self._tensor_for(node, grid(node))
-        self.floats[node.outputs[0]] = source
+        params = grid(node)
+        if METADATA not in node.metadata_props and int(params.zero_point.max()) == params.qmin:
+            self._restore_relu(_input(node, 0))
+        self.floats[node.outputs[0]] = self._tensor_for(node, params)
 
     def dequantize(self, node: ir.Node) -> None:
         params = grid(node)
@@ -90,6 +94,23 @@ class _Fold:
 
     def fake_quant(self, node: ir.Node) -> None:
         self._replace(node, self._tensor_for(node, _symbolic_grid(node)))
+
+    def _restore_relu(self, value: ir.Value) -> None:
+        """Put a Relu between an operator whose output may be negative and the Quantize nodes that are its only readers."""
+        producer, readers = value.producer(), [use.node for use in value.uses()]
+        if producer is None or producer.domain or producer.op_type not in (*LINEAR, "Add") or value.is_graph_output():
+            return
+        if any(reader.op_type != "QuantizeLinear" for reader in readers):
+            return
+        relu = ir.node("Relu", [value], name=f"{producer.name}/Relu")
+        output = relu.outputs[0]
+        copy_type(output, value)
+        for reader in readers:
+            reader.replace_input_with(0, output)
+        self.graph.insert_after(producer, relu)
+        name = value.name or ""
+        value.name = fresh_name(f"{name}_linear", self.taken)
+        output.name = name
 
     def _tensor_for(self, node: ir.Node, params: QuantParams) -> ir.Value:
         """The tensor that a Quantize quantizes, with its grid; a copy where an earlier pair gave it another one."""
@@ -101,7 +122,7 @@ class _Fold:
         if old is not None and not same_grid(old, params) and node in self.requantizing:
             copy = ir.node("Identity", [source], name=f"{node.name}/Identity")
             copy.outputs[0].name = fresh_name(f"{source.name}_requantized", self.taken)
-            copy.outputs[0].shape, copy.outputs[0].type = source.shape, source.type
+            copy_type(copy.outputs[0], source)
             self.graph.insert_before(node, copy)
             source = copy.outputs[0]
         self._annotate(source, params, node)
@@ -185,7 +206,7 @@ class _Fold:
         if output.is_graph_output():
             if value.producer() is None or value.is_graph_output():
                 identity = ir.node("Identity", [value], name=f"{node.name}/Identity")
-                identity.outputs[0].shape, identity.outputs[0].type = output.shape, output.type
+                copy_type(identity.outputs[0], output)
                 self.graph.insert_after(node, identity)
                 value = identity.outputs[0]
             name, output.name = output.name, None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from edgekit.graph.operators import int_attribute, is_constant
+from edgekit.graph.operators import copy_type, int_attribute, is_constant
 
 
 def pool_globally(model: ir.Model) -> ir.Model:
@@ -42,13 +42,13 @@ def _replace(graph: ir.Graph, mean: ir.Node) -> None:
     new_nodes = [pool]
     pooled = pool.outputs[0]
     pooled.shape = ir.Shape([*list(data.shape)[:2], *[1] * (len(data.shape) - 2)])
-    pooled.type = output.type
+    pooled.type = None if output.dtype is None else ir.TensorType(output.dtype)
     result = pooled
     if not int_attribute(mean, "keepdims", 1):
         pooled.name = f"{output.name}_pooled"
         flatten = ir.node("Flatten", [pooled], {"axis": 1}, name=f"{mean.name}/Flatten")
         result = flatten.outputs[0]
-        result.shape, result.type = output.shape, output.type
+        copy_type(result, output)
         new_nodes.append(flatten)
     graph.insert_after(mean, new_nodes)
     name = output.name

@@ -6,7 +6,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import optimizer
 
-from edgekit.graph.operators import is_constant
+from edgekit.graph.operators import copy_type, is_constant
 
 _GROWTH = 1 << 20  # elements that a constant may have more than those that it replaces: Expand and Tile stay nodes
 _NEVER_FOLDED = ("ConstantOfShape", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
@@ -25,7 +25,7 @@ def simplify(model: ir.Model) -> ir.Model:
     common.RemoveInitializersFromInputsPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     _remove_identities(model.graph)
-    _infer_shapes(model)
+    _renew_shapes(model)
     optimizer.fold_constants(model, onnx_shape_inference=False, output_size_limit=_GROWTH, should_fold=_should_fold)
     _remove_identities(model.graph)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
@@ -34,6 +34,20 @@ def simplify(model: ir.Model) -> ir.Model:
     common.TopologicalSortPass()(model)
     _name_nodes(model.graph)
     return model
+
+
+def _renew_shapes(model: ir.Model) -> None:
+    """Infer all shapes anew: stored ones are stale where somebody has made the batch dynamic, but are all that is known
+    behind operators that nobody knows.
+    """
+    inner = [value for node in model.graph for value in node.outputs if not value.is_graph_output()]
+    stored = {value: value.shape for value in inner if value.shape is not None}
+    for value in stored:
+        value.shape = None
+    _infer_shapes(model)
+    for value, shape in stored.items():
+        value.shape = shape if value.shape is None else value.shape
+    _infer_shapes(model)
 
 
 def _infer_shapes(model: ir.Model) -> None:
@@ -60,7 +74,8 @@ def _remove_identities(graph: ir.Graph) -> None:
                 continue  # inputs, initializers and other outputs keep their own names
             name, output.name = output.name, None
             source.name = name
-        source.shape, source.type = source.shape or output.shape, source.type or output.type
+        if source.shape is None:
+            copy_type(source, output)
         output.replace_all_uses_with(source, replace_graph_outputs=True)
         graph.remove(node, safe=True)
 

@@ -8,6 +8,7 @@ from onnx import version_converter
 from onnx_ir.passes import common
 
 from edgekit.errors import GraphError, SourceError
+from edgekit.graph.annotations import all_values, annotated_values, get_params, set_params
 from edgekit.graph.io import self_contained
 
 OLDEST = 7
@@ -18,8 +19,9 @@ def upgrade_opset(model: ir.Model, *, opset: int) -> ir.Model:
     """`model` at `opset` or later, converted by ONNX's own version converter.
 
     1. Model-local functions are inlined: the converter drops them.
-    2. Big weights do not pass through the converter, and nodes get back the metadata that it drops.
-    3. Linear Upsample and Resize of opset 10 and older sample with "asymmetric" coordinates, which it forgets.
+    2. Big weights do not pass through the converter; nodes get back the metadata that it drops, tensors their attributes.
+    3. Linear Upsample and Resize of opset 10 and older sample with "asymmetric" coordinates, which it forgets; a Pad that
+       mirrors may have had a value too, which it leaves where it is no longer allowed.
 
     The caller proves the result equal to the source by running both (`graph.equal.prove_equal`): other conversions
     are wrong too (Hardmax of opset 12 and older), and nobody has a list.
@@ -36,7 +38,11 @@ def upgrade_opset(model: ir.Model, *, opset: int) -> ir.Model:
         return model
     common.InlinePass()(model)
     metadata = {node.outputs[0].name: dict(node.metadata_props) for node in model.graph if node.outputs}
+    grids = {value.name: get_params(value) for value in annotated_values(model.graph)}
     resampled = {node.outputs[0].name for node in model.graph if found <= 10 and node.op_type in ("Upsample", "Resize")}
+    for node in model.graph:
+        if node.op_type == "Pad" and "mode" in node.attributes and node.attributes["mode"].as_string() != "constant":
+            node.attributes.pop("value", None)
     tensors = _take_out_big_tensors(model.graph)
     proto = ir.to_proto(self_contained(model))
     proto.ir_version = max(proto.ir_version, 8)
@@ -47,6 +53,8 @@ def upgrade_opset(model: ir.Model, *, opset: int) -> ir.Model:
             f"the model cannot be upgraded from opset {found} to {opset}: {error}; export it with a newer opset"
         ) from error
     _put_back(upgraded.graph, tensors)
+    for value in all_values(upgraded.graph):
+        set_params(value, grids.get(value.name))
     for node in upgraded.graph:
         name = node.outputs[0].name if node.outputs else None
         node.metadata_props.update(metadata.get(name, {}))

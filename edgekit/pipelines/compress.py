@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 import edgekit
 from edgekit.calibration import calibrate
@@ -19,15 +17,16 @@ from edgekit.data import Batch, BoundData, Preprocess, open_data
 from edgekit.errors import DataError
 from edgekit.graph.annotations import annotated_values
 from edgekit.graph.io import save_annotated
-from edgekit.graph.operators import LINEAR, layers
+from edgekit.graph.operators import LINEAR, Layer, layers
 from edgekit.graph.rules import quantized_nodes
 from edgekit.graph.run import Session
 from edgekit.lowering.simulation import insert_qdq
 from edgekit.metric import Evaluate, Runner, open_metric
-from edgekit.output import prepare_folder, replaced_files, sha256
+from edgekit.output import check_folder, replaced_files, sha256, write_text
 from edgekit.passes.assign_specs import assign_specs
 from edgekit.passes.unify_params import unify_params
 from edgekit.pipelines.sources import EXAMPLES, canonicalize, input_specs, load_source
+from edgekit.pipelines.split import BATCH_SIZE, Arrays, calibrating_samples, first_batch, held_back, save_arrays
 from edgekit.progress import Progress, silent
 from edgekit.quant.estimators import get_estimator
 from edgekit.records import COMPRESSED, HELD_BACK, MODEL, Compressed, LayerRecord, Metric, Source, versions
@@ -35,8 +34,6 @@ from edgekit.report import write_report
 from edgekit.target import PORTABLE, Target, load_target
 
 DEFAULT_SAMPLES = 512
-HELD_BACK_SAMPLES = 64
-BATCH_SIZE = 8
 FEW_SAMPLES = 32
 
 
@@ -81,12 +78,11 @@ def compress(
     Raises:
         EdgekitError: see `edgekit.errors`; `out` is then as it was.
     """
-    out = Path(out)
-    rules = load_target(target)
+    out, rules = Path(out), load_target(target)
     get_estimator(calibrator)
     if samples < 1:
         raise DataError(f"samples is {samples}; at least one is needed, a few hundred make good ranges")
-    prepare_folder(out, marker=COMPRESSED, what="an edgekit output folder")
+    check_folder(out, marker=COMPRESSED, what="an edgekit output folder")
     dataset = open_data(calibration, preprocess=preprocess)
 
     on_progress("load the source", 0, None)
@@ -95,87 +91,70 @@ def compress(
     metric = None if evaluate is None else open_metric(evaluate, data.inputs, preprocess=preprocess)
 
     on_progress("bring it into canonical form", 0, None)
-    graph = canonicalize(graph, _examples(data), opset=rules.graph.opset)
-    split = _split(data, samples)
-    held_back = _held_back(data, split)
+    graph = canonicalize(graph, first_batch(data, EXAMPLES), opset=rules.graph.opset)
 
+    calibrating = _Counted(data, calibrating_samples(data, samples), on_progress)
+    verifying = held_back(data, calibrating.stop)
     graph = assign_specs(graph, rules)
-    graph = calibrate(graph, rules, _counted(data, split, on_progress), estimator=calibrator)
+    graph = calibrate(graph, rules, calibrating, estimator=calibrator)
     graph = unify_params(graph, rules)
 
     on_progress("evaluate", 0, None)
     float_metric, simulated_metric = _evaluate(graph, metric)
+    record = Compressed(
+        edgekit=edgekit.__version__,
+        versions=versions("onnx", "onnx-ir", "onnxruntime", "onnxscript", "torch", "numpy"),
+        source=origin,
+        target=rules.name,
+        calibrator=calibrator,
+        samples=calibrating.done,
+        held_back=len(next(iter(verifying.values()))),
+        evaluate=_reference(evaluate),
+        preprocess=preprocess,
+        float_metric=float_metric,
+        simulated_metric=simulated_metric,
+        layers=tuple(map(_layer, layers(graph))),
+        stays_float=_stays_float(graph, rules),
+        notes=tuple(_notes(graph, rules, calibrating.done, origin)),
+    )
+    return _write(out, graph, verifying, record)
+
+
+@dataclass(slots=True)
+class _Counted:
+    """The batches up to sample number `stop`; `done` counts the samples that passed."""
+
+    data: BoundData
+    stop: int
+    on_progress: Progress
+    done: int = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.done = 0
+        for batch in self.data.batches(BATCH_SIZE, 0, self.stop):
+            yield batch
+            self.done += len(batch)
+            self.on_progress("calibrate", self.done, self.stop)
+
+
+def _write(out: Path, graph: ir.Model, verifying: Arrays, record: Compressed) -> CompressResult:
     with replaced_files(out, COMPRESSED) as stage:
         save_annotated(graph, stage / MODEL)
-        np.savez(stage / HELD_BACK, **held_back)  # type: ignore[arg-type]
-        record = Compressed(
-            edgekit=edgekit.__version__,
-            versions=versions("onnx", "onnx-ir", "onnxruntime", "onnxscript", "torch", "numpy"),
-            source=origin,
-            target=rules.name,
-            calibrator=calibrator,
-            samples=split,
-            held_back=_count(held_back),
-            evaluate=_reference(evaluate),
-            model_sha256=sha256(stage / MODEL),
-            float_metric=float_metric,
-            simulated_metric=simulated_metric,
-            layers=tuple(
-                LayerRecord(
-                    name=la.name,
-                    op_type=la.op_type,
-                    output_shape=la.output_shape,
-                    macs=la.macs,
-                    parameters=la.parameters,
-                )
-                for la in layers(graph)
-            ),
-            stays_float=_stays_float(graph, rules),
-            notes=tuple(_notes(graph, rules, split, origin)),
-        )
-        (stage / COMPRESSED).write_text(json.dumps(record.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+        save_arrays(stage / HELD_BACK, verifying)
+        record = record.model_copy(update={"model_sha256": sha256(stage / MODEL)})
+        write_text(stage / COMPRESSED, json.dumps(record.model_dump(mode="json"), indent=2) + "\n")
     write_report(out)
     return CompressResult(out / MODEL, record)
 
 
-def _examples(data: BoundData) -> dict[str, NDArray[np.generic]]:
-    batch = next(iter(data.batches(EXAMPLES)), None)
-    if batch is None:
-        raise DataError("the calibration data holds no samples; give at least one (a few hundred make good ranges)")
-    return batch.feeds
-
-
-def _split(data: BoundData, samples: int) -> int:
-    """How many samples calibrate; the rest, or where there is too little an eighth of all, is held back."""
-    if data.size is None or data.size >= samples + HELD_BACK_SAMPLES:
-        return samples
-    return max(1, min(samples, data.size - max(1, min(HELD_BACK_SAMPLES, data.size // 8)))) if data.size > 1 else 1
-
-
-def _held_back(data: BoundData, split: int) -> dict[str, NDArray[np.generic]]:
-    """Samples that calibration does not see, as arrays that `open_data` reads back; the calibration's own when there are no more."""
-    batches = list(data.batches(BATCH_SIZE, split, split + HELD_BACK_SAMPLES)) or list(
-        data.batches(BATCH_SIZE, 0, HELD_BACK_SAMPLES)
+def _layer(layer: Layer) -> LayerRecord:
+    return LayerRecord(
+        name=layer.name,
+        op_type=layer.op_type,
+        output_shape=layer.output_shape,
+        macs=layer.macs,
+        parameters=layer.parameters,
     )
-    shapes = {name: array.shape[int(not batches[0].single) :] for name, array in batches[0].feeds.items()}
-    fitting = [b for b in batches if all(b.feeds[n].shape[int(not b.single) :] == shape for n, shape in shapes.items())]
-    join = np.stack if batches[0].single else np.concatenate
-    arrays = {name: join([batch.feeds[name] for batch in fitting]) for name in shapes}
-    if all(batch.labels is not None for batch in fitting) and "labels" not in arrays:
-        arrays["labels"] = np.concatenate([batch.labels for batch in fitting if batch.labels is not None])
-    return arrays
-
-
-def _count(arrays: Mapping[str, NDArray[np.generic]]) -> int:
-    return len(next(iter(arrays.values())))
-
-
-def _counted(data: BoundData, split: int, on_progress: Progress) -> Iterator[Batch]:
-    done = 0
-    for batch in data.batches(BATCH_SIZE, 0, split):
-        yield batch
-        done += len(batch)
-        on_progress("calibrate", done, split)
 
 
 def _evaluate(graph: ir.Model, metric: Evaluate | None) -> tuple[Metric | None, Metric | None]:

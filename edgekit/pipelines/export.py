@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import onnx_ir as ir
 
 import edgekit
 from edgekit.backend import Artifact, Availability, Backend, KernelRecord, get_backend
-from edgekit.errors import BackendError, GraphError, TargetError
+from edgekit.errors import BackendError, GoalError, GraphError, OutputError, TargetError
 from edgekit.graph.io import save_onnx
 from edgekit.graph.operators import layers
 from edgekit.graph.rules import quantized_nodes
@@ -19,11 +21,12 @@ from edgekit.graph.run import Session
 from edgekit.lowering.integer import lower_integer
 from edgekit.lowering.qoperator import lower_qoperator
 from edgekit.metric import Evaluate, Runner, open_metric
-from edgekit.output import sha256, staged_folder
+from edgekit.output import sha256, staged_folder, write_text
 from edgekit.pipelines.stored import Stored, open_stored
+from edgekit.pipelines.targets import missing
 from edgekit.progress import Progress, silent
 from edgekit.proof import Arrays, compare, int8_share, run_batches
-from edgekit.records import MANIFEST, MODEL, Compressed, FileRecord, Manifest, Metric, Proof, versions
+from edgekit.records import MANIFEST, MODEL, Compressed, FileRecord, Manifest, Metric, Proof, read_record, versions
 from edgekit.report import write_report
 from edgekit.target import Format, Target, load_target
 from edgekit.worker import Worker
@@ -77,6 +80,7 @@ def export(
     *,
     format: Format | None = None,
     evaluate: str | Path | Callable[[Runner], float] | None = None,
+    allow_wrong: bool = False,
     on_progress: Progress = silent,
 ) -> list[ExportResult]:
     """Lower, convert and verify the compressed model in `out` for each of `targets`.
@@ -86,6 +90,7 @@ def export(
         targets: names or TOML files.
         format: of the graph; the target's own when None.
         evaluate: as in `compress`, whose own is used when None.
+        allow_wrong: keep an artifact, for inspection, that its runtime computes wrongly and that could not be repaired.
         on_progress: told of each step.
 
     Raises:
@@ -98,14 +103,34 @@ def export(
         _check_format(target, format)
     stored = open_stored(Path(out))
     reference = evaluate or stored.record.evaluate
-    metric = open_metric(reference, stored.held_back.inputs) if reference else None
+    metric = open_metric(reference, stored.held_back.inputs, preprocess=stored.record.preprocess) if reference else None
     results = []
     for target in rules:
-        with staged_folder(stored.folder / target.name, marker=MANIFEST, what="an edgekit export") as folder:
+        final = stored.folder / target.name
+        _check_strangers(final)
+        with staged_folder(final, marker=MANIFEST, what="an edgekit export") as folder:
             manifest = _export_one(stored, target, format or target.graph.format, metric, folder, on_progress)
-        results.append(ExportResult(stored.folder / target.name, manifest))
+            if manifest.proof.agrees is False and not allow_wrong:
+                raise GoalError(
+                    f"target {target.name!r}: {manifest.runtime} does not compute what the simulation does, and no layer kept in float "
+                    f"mends it: {manifest.proof.reason}; nothing was exported (--allow-wrong exports it for inspection)"
+                )
+        results.append(ExportResult(final, manifest))
         write_report(stored.folder)
     return results
+
+
+def _check_strangers(folder: Path) -> None:
+    """Refuse to replace an export into whose folder somebody put files of their own."""
+    if not (folder / MANIFEST).is_file():
+        return
+    manifest = read_record(folder / MANIFEST, Manifest, remedy=f"move {folder} away and export again")
+    ours = {MANIFEST, *(file.name for file in manifest.files)}
+    strange = sorted(path.name for path in folder.iterdir() if path.name not in ours and not path.name.startswith("."))
+    if strange:
+        raise OutputError(
+            f"{folder}: holds {strange[0]!r}, which edgekit did not write; move it elsewhere, because an export replaces the whole folder"
+        )
 
 
 def _check_format(target: Target, format: Format | None) -> None:
@@ -126,7 +151,7 @@ def _export_one(
     backend = get_backend(target.backend)
     available = backend.available(target)
     if not available.can_convert:
-        raise BackendError(f"target {target.name!r}: {available.reason}; {available.remedy}")
+        raise BackendError(f"target {target.name!r}: {missing(available)}")
     batches = _batches(stored)
     floats = run_batches(Session(stored.model, optimize=False).run, batches)
     job = _Job(stored.model, target, format, backend, available, folder, batches, floats)
@@ -178,23 +203,25 @@ def _find_guilty(job: _Job, keep_float: frozenset[str]) -> str | None:
     None when the runtime departs from the simulation even with nothing quantized.
     """
     names = [node.name or "" for node in quantized_nodes(job.model, job.target, keep_float=keep_float)]
+    with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
+        trial = replace(job, folder=Path(folder))  # the job's own folder keeps what is exported
 
-    def agrees(count: int) -> bool:
-        return _build(job, keep_float | frozenset(names[count:])).proof.agrees is not False
+        def agrees(count: int) -> bool:
+            return _build(trial, keep_float | frozenset(names[count:])).proof.agrees is not False
 
-    right, wrong = 0, len(names)
-    if not agrees(right):
-        return None
-    while wrong - right > 1:
-        middle = (right + wrong) // 2
-        right, wrong = (middle, wrong) if agrees(middle) else (right, middle)
+        right, wrong = 0, len(names)
+        if not agrees(right):
+            return None
+        while wrong - right > 1:
+            middle = (right + wrong) // 2
+            right, wrong = (middle, wrong) if agrees(middle) else (right, middle)
     return names[wrong - 1]
 
 
 def _batches(stored: Stored) -> list[Arrays]:
-    many = [batch.feeds for batch in stored.held_back.batches(BATCH_SIZES[0])]
-    singles = [batch.feeds for batch in stored.held_back.batches(BATCH_SIZES[1], 0, SINGLES)]
-    return many + singles
+    many = stored.held_back.batches(BATCH_SIZES[0])
+    singles = stored.held_back.batches(BATCH_SIZES[1], 0, SINGLES)
+    return [batch.feeds for batch in chain(many, singles)]
 
 
 def _describe(
@@ -228,7 +255,7 @@ def _describe(
         metric_source=source,
         notes=tuple(_notes(job, candidate, kept)),
     )
-    (job.folder / MANIFEST).write_text(json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+    write_text(job.folder / MANIFEST, json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n")
     return manifest
 
 
@@ -245,7 +272,7 @@ def _measure_metric(job: _Job, artifact: Artifact, metric: Evaluate | None) -> t
 def _notes(job: _Job, candidate: _Candidate, kept: tuple[str, ...]) -> list[str]:
     notes, proof, runtime = list(candidate.notes), candidate.proof, job.available.version
     if not job.available.can_run:
-        notes.append(f"{job.available.reason}; {job.available.remedy}")
+        notes.append(missing(job.available))
     if kept:
         notes.append(f"kept in float, because {runtime} computes them wrongly in int8: {', '.join(kept)}")
     if proof.agrees is False:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgekit.data import Dataset, InputSpec, example_arrays
 from edgekit.errors import DataError, SourceError
-from edgekit.graph.annotations import annotated_values, attach
+from edgekit.graph.annotations import attach
 from edgekit.graph.equal import prove_equal
 from edgekit.graph.io import load_onnx
 from edgekit.output import sha256
@@ -69,21 +69,21 @@ def load_source(
 
 
 def canonicalize(model: ir.Model, feeds: Mapping[str, NDArray[np.generic]], *, opset: int) -> ir.Model:
-    """One form for all sources: working opset, constants folded, BatchNorm folded, Q/DQ folded to attributes.
+    """One form for all sources: working opset, constants folded, annotations and Q/DQ as attributes, BatchNorm folded.
+
+    Q/DQ are folded before BatchNorm is, because the weights of trained files stand behind DequantizeLinear.
 
     Raises:
         GraphError: the result does not compute what the source does.
     """
-    original = model
-    model = upgrade_opset(model, opset=opset)
-    model = simplify(model)
-    model = fold_batchnorm(model)
-    model = pool_globally(model)
-    model = simplify(model)
-    if any(node.op_type == "QuantizeLinear" for node in model.graph):
-        return fold_fake_quant(model)
-    prove_equal(original, model, feeds)
-    return attach(model) if not annotated_values(model.graph) else model
+    original = attach(model)
+    upgraded = simplify(upgrade_opset(original, opset=opset))
+    prove_equal(original, upgraded, feeds)
+    quantized = any(node.op_type == "DequantizeLinear" for node in upgraded.graph)
+    folded = fold_fake_quant(upgraded) if quantized else upgraded
+    canonical = simplify(pool_globally(fold_batchnorm(folded)))
+    prove_equal(folded, canonical, feeds)
+    return canonical
 
 
 def input_specs(model: ir.Model) -> list[InputSpec]:

@@ -19,11 +19,17 @@ class TargetStatus:
 
 def list_targets() -> list[TargetStatus]:
     """The shipped targets in order of their names."""
-    return [_status(load_target(name)) for name in target_names()]
+    return [TargetStatus(target, availability(target)) for target in map(load_target, target_names())]
 
 
-def _status(target: Target) -> TargetStatus:
+def availability(target: Target) -> Availability:
+    """What this machine can do for a target; nothing when its backend is not installed."""
     try:
-        return TargetStatus(target, get_backend(target.backend).available(target))
+        return get_backend(target.backend).available(target)
     except BackendError as error:
-        return TargetStatus(target, Availability(False, False, False, "", str(error), "install the backend's package"))
+        return Availability(False, False, False, reason=str(error))
+
+
+def missing(available: Availability) -> str:
+    """What keeps a target from running here, and what would change that; empty when nothing does."""
+    return "; ".join(filter(None, (available.reason, available.remedy)))

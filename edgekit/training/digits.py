@@ -50,6 +50,6 @@ def _fit(network: nn.Module, images: Tensor, labels: Tensor, seed: int) -> None:
             chosen = order[start : start + BATCH]
             loss = nn.functional.cross_entropy(network(images[chosen]), labels[chosen])
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             schedule.step()

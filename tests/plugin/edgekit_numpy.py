@@ -1,7 +1,8 @@
 """A third party's backend: ONNX's reference evaluator. It needs no change in edgekit, only its entry point.
 
 Options of `[runtime]` make it fail the ways that real runtimes do: `on_load` and `on_run`, see `misbehave`. The latter
-begins after `healthy_runs` inferences.
+begins after `healthy_runs` inferences. `wrong` names nodes that it computes wrongly when they read a DequantizeLinear,
+`wrong_always` nodes that it always computes wrongly. `absent` says why the device is not here.
 """
 
 from __future__ import annotations
@@ -65,11 +66,26 @@ def misbehave(how: str) -> None:
             raise AssertionError(how)
 
 
+def spoiled(model: onnx.ModelProto, options: dict[str, str]) -> onnx.ModelProto:
+    """The model with the sign of some nodes' results turned."""
+    dequantized = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    nodes = []
+    for node in model.graph.node:
+        nodes.append(node)
+        quantized = node.name in options.get("wrong", "").split(",") and node.input[0] in dequantized
+        if quantized or node.name in options.get("wrong_always", "").split(","):
+            output, node.output[0] = node.output[0], f"{node.output[0]}_right"
+            nodes.append(onnx.helper.make_node("Neg", [node.output[0]], [output]))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
+
+
 class Compiled:
     """An ONNX file in the reference evaluator."""
 
     def __init__(self, path: Path, options: dict[str, str]) -> None:
-        self._model = onnx.load(path)
+        self._model = spoiled(onnx.load(path), options)
         self._evaluator = ReferenceEvaluator(self._model)
         self._on_run = options.get("on_run", "")
         self._healthy_runs = int(options.get("healthy_runs", "0"))
@@ -103,8 +119,12 @@ class NumpyBackend:
     name = "numpy"
 
     def available(self, target: Target) -> Availability:
-        """Always there: it comes with onnx."""
-        return Availability(can_convert=True, can_run=True, can_check=True, version=f"onnx {onnx.__version__}")
+        """Always there, since it comes with onnx, unless the option `absent` says otherwise."""
+        version = f"onnx {onnx.__version__}"
+        reason = target.runtime.options.get("absent", "")
+        if reason:
+            return Availability(True, False, False, version, reason, "attach the device")
+        return Availability(can_convert=True, can_run=True, can_check=True, version=version)
 
     def lower(self, model: ir.Model, target: Target, *, keep_float: frozenset[str]) -> ir.Model:
         """Quantize/DequantizeLinear around each quantized operator."""

@@ -1,0 +1,71 @@
+"""Which samples calibrate, and which are held back to verify exports with."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit.data import BoundData
+from edgekit.errors import DataError
+from edgekit.samples import LABELS
+
+HELD_BACK_SAMPLES = 64
+BATCH_SIZE = 8
+
+Arrays = dict[str, NDArray[np.generic]]
+
+
+def first_batch(data: BoundData, count: int) -> Arrays:
+    """The first `count` samples, or as many as the model takes at a time.
+
+    Raises:
+        DataError: there are none.
+    """
+    batch = next(data.batches(count), None)
+    if batch is None:
+        raise DataError("the calibration data holds no samples; give at least one (a few hundred make good ranges)")
+    return batch.feeds
+
+
+def calibrating_samples(data: BoundData, wished: int) -> int:
+    """How many samples calibrate: as many as wished, or where there is too little, all but an eighth; in whole batches."""
+    count, unit = wished, _at_a_time(data)
+    if data.size is not None and data.size < wished + HELD_BACK_SAMPLES:
+        count = min(wished, data.size - max(unit, min(HELD_BACK_SAMPLES, data.size // 8)))
+    return max(unit, count - count % unit)
+
+
+def held_back(data: BoundData, calibrating: int) -> Arrays:
+    """Samples that calibration does not see, as arrays that `open_data` reads back; its own ones when there are no more."""
+    unit = _at_a_time(data)
+    count = -(-HELD_BACK_SAMPLES // unit) * unit
+    batches = list(data.batches(BATCH_SIZE, calibrating, calibrating + count))
+    batches = batches or list(data.batches(BATCH_SIZE, 0, count))
+    first = batches[0]
+    skipped = 0 if first.single else 1
+    shapes = {name: array.shape[skipped:] for name, array in first.feeds.items()}
+    fitting = [b for b in batches if all(b.feeds[name].shape[skipped:] == shape for name, shape in shapes.items())]
+    join = np.stack if first.single else np.concatenate
+    arrays: Arrays = {name: join([batch.feeds[name] for batch in fitting]) for name in shapes}
+    labels = [batch.labels for batch in fitting if batch.labels is not None]
+    if len(labels) == len(fitting) and LABELS not in arrays:
+        arrays[LABELS] = np.concatenate(labels)
+    return arrays
+
+
+def save_arrays(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+    """An `.npz` file, the same bytes each time. `np.savez` would take an input named `file` for its own argument."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
+
+
+def _at_a_time(data: BoundData) -> int:
+    """How many samples the model takes at least: the size of a static batch axis, else 1."""
+    return max((len(batch) for batch in islice(data.batches(1), 1)), default=1)
