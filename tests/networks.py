@@ -13,11 +13,14 @@ import onnx_ir as ir
 from edgekit.backend import Backend, CompiledModel
 from edgekit.calibration import calibrate
 from edgekit.data import Batch
+from edgekit.graph.annotations import annotated_values, get_params, set_params
 from edgekit.graph.io import save_onnx
 from edgekit.graph.run import Session
+from edgekit.lowering.qdq import lower_qdq
 from edgekit.passes.assign_specs import assign_specs
 from edgekit.passes.simplify import simplify
 from edgekit.passes.unify_params import unify_params
+from edgekit.quant.spec import QuantParams
 from edgekit.target import Target, load_target
 from graphs import Array, GraphBuilder
 
@@ -113,14 +116,14 @@ def token_net(*, batch: int | str = "n") -> ir.Model:
     return net.model(net.matmul(x, "head", 16, 4))
 
 
-def random_net(seed: int, *, size: int = 8) -> ir.Model:
+def random_net(seed: int) -> ir.Model:
     """A random graph of up to 12 operators with one to three outputs; every value is a 4-D image batch until the head."""
     net = Net(seed=seed)
     rng = np.random.default_rng(seed)
     images = [(net.input("x", ["n", 4, 8, 8]), 4, 8)]  # (value, channels, height and width)
     if rng.random() < 0.3:
         images.append((net.input("z", ["n", 4, 8, 8]), 4, 8))
-    for index in range(int(rng.integers(3, size + 5))):
+    for index in range(int(rng.integers(3, 13))):
         images += _random_layer(net, rng, images, f"n{index}")
     picked = [
         images[-1],
@@ -150,17 +153,11 @@ def _random_layer(
                 x, name, c, wide, int(rng.choice([1, 3])), bias=rng.random() < 0.8, group=group, strides=[stride] * 2
             )
             kind = int(rng.integers(0, 4))
-            y = (
-                [
-                    y,
-                    net.op("Relu", [y], f"{name}.relu"),
-                    net.clip(y, f"{name}.clip", -1.0 if kind == 3 else 0.0, 4.0),
-                    y,
-                ][kind]
-                if kind < 3
-                else y
-            )
-            return [(str(y), wide, side // stride)]
+            if kind == 1:
+                y = str(net.op("Relu", [y], f"{name}.relu"))
+            elif kind == 2:
+                y = net.clip(y, f"{name}.clip", 0.0, 4.0)
+            return [(y, wide, side // stride)]
         case 5 | 6:
             return [(net.op("Add", [x, other], name), c, side)]
         case 7:
@@ -183,6 +180,15 @@ def _random_layer(
             return [(net.slice(turned, name, starts=[0], ends=[2], axes=[1], steps=[1]), min(c, 2), side)]
         case _:
             return [(net.op("GlobalAveragePool", [x], name), c, 1)]
+
+
+def block() -> ir.Model:
+    """Conv, Relu, a Conv with a skip connection, MaxPool, Flatten, Gemm."""
+    net = Net()
+    x = net.conv_relu(net.input("x", ["n", 3, 8, 8]), "a", 3, 4)
+    y = net.op("Relu", [net.op("Add", [net.conv(x, "b", 4, 4), x], "add")], "relu")
+    y = net.op("MaxPool", [y], "max", kernel_shape=[2, 2], strides=[2, 2])
+    return net.model(net.gemm(net.op("Flatten", [y], "flat"), "head", 64, 3))
 
 
 def samples(model: ir.Model, count: int, seed: int = 0) -> dict[str, Array]:
@@ -251,3 +257,39 @@ def _origin(codes: ir.Value | None) -> str:
     if producer is not None and producer.op_type == "QuantizeLinear":
         return str(producer.inputs[0].name if producer.inputs[0] is not None else "")
     return codes.name.removesuffix("_quantized")
+
+
+def lowered(model: ir.Model, target: str, *keep_float: str) -> list[str]:
+    return text(lower_qdq(annotate(model), load_target(target), keep_float=frozenset(keep_float)))
+
+
+def changed(target: str, **rules: object) -> Target:
+    """A shipped target with some rules changed."""
+    base = load_target(target)
+    return base.model_copy(update={"quantization": base.quantization.model_copy(update=rules)})
+
+
+def grids(model: ir.Model) -> list[tuple[ir.Node, np.ndarray, np.ndarray]]:
+    """Each Quantize/DequantizeLinear with its scale and zero point."""
+    found = []
+    for node in model.graph:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            scale, zero_point = node.inputs[1], node.inputs[2]
+            assert scale is not None and scale.const_value is not None
+            assert zero_point is not None and zero_point.const_value is not None
+            found.append((node, scale.const_value.numpy(), zero_point.const_value.numpy()))
+    return found
+
+
+def trained(model: ir.Model, name: str, dtype: str, zero_point: int, scale: float = 0.05) -> ir.Model:
+    """The annotated model with one activation on a grid that training chose."""
+    model = model.clone()
+    value = next(value for value in annotated_values(model.graph) if value.name == name)
+    set_params(value, QuantParams(dtype, np.array(scale, np.float32), np.array(zero_point), fixed=True))
+    return model
+
+
+def get_params_of(model: ir.Model, name: str) -> QuantParams:
+    params = get_params(next(value for value in annotated_values(model.graph) if value.name == name))
+    assert params is not None
+    return params

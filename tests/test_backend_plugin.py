@@ -55,14 +55,14 @@ def test_it_works_from_compress_to_benchmark(tiny: TinyFiles, tmp_path: Path, pl
         env=environment,
     )
     assert (compressed.code, compressed.stderr) == (0, "")
-    exported = cli_process("export", out, "--target", target, "--format", "qoperator", env=environment, cwd=tmp_path)
+    exported = cli_process("export", out, "--target", target, env=environment, cwd=tmp_path)
     assert (exported.code, exported.stderr) == (0, "")
     timed = cli_process("benchmark", out, "--target", target, "--iterations", 2, "--json", env=environment)
     assert (timed.code, timed.stderr) == (0, "")
     assert [timing["label"] for timing in json.loads(timed.stdout)["targets"][0]["timings"]] == ["f32", "int8"]
 
     manifest = json.loads((out / "numpy" / "manifest.json").read_text())
-    assert (manifest["backend"], manifest["format"], manifest["proof"]["agrees"]) == ("numpy", "qoperator", True)
+    assert (manifest["backend"], manifest["proof"]["agrees"]) == ("numpy", True)
     assert manifest["metric_source"] == "ran"
     assert re.search(r"\| numpy \| ran on onnx [\d.]+ \|", (out / "report.md").read_text())
 

@@ -42,7 +42,6 @@ def test_the_artifact_is_timed_beside_float(exported: Path, plugin: Path) -> Non
 
 def test_slower_than_float_fails_when_asked(exported: Path, plugin: Path, cli: Cli) -> None:
     """The reference evaluator runs a graph with more nodes for longer, so its int8 is slower for certain."""
-    assert cli("benchmark", exported, "--iterations", 3).code == 0
     done = cli("benchmark", exported, "--iterations", 3, "--fail-on-slower")
     assert (done.code, done.stdout) == (9, "")
     assert done.stderr.startswith("edgekit: slower than float32: numpy (0.")
@@ -67,19 +66,16 @@ def test_a_backend_that_is_gone_says_so(exported: Path) -> None:
     assert record.why_not.startswith("backend 'numpy' is not installed (installed: ")
 
 
-@pytest.mark.parametrize(("how", "words"), [("crash", "SIGSEGV"), ("raise", "the cheese is out")])
-def test_a_runtime_that_fails_says_how_and_the_others_are_timed(
-    exported: Path, numpy_target: NumpyTarget, how: str, words: str
-) -> None:
+def test_a_runtime_that_fails_says_how_and_the_others_are_timed(exported: Path, numpy_target: NumpyTarget) -> None:
     edgekit.export(exported, [numpy_target("shaky", absent="not now")])
     path = exported / "shaky" / "manifest.json"
     manifest = json.loads(path.read_text())
-    manifest["target_rules"]["runtime"]["options"] = {"on_load": how}
+    manifest["target_rules"]["runtime"]["options"] = {"on_load": "crash"}
     path.write_text(json.dumps(manifest))
     healthy, shaky = edgekit.benchmark(exported, iterations=1).targets
     assert [timing.label for timing in healthy.timings] == ["f32", "int8"]
     assert shaky.timings == ()
-    assert words in shaky.why_not
+    assert "SIGSEGV" in shaky.why_not
 
 
 def test_a_missing_artifact_says_so(exported: Path, plugin: Path) -> None:

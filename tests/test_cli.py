@@ -123,16 +123,19 @@ def test_compress_prints_json_and_nothing_else(tiny: TinyFiles, tmp_path: Path, 
     assert set(done.stderr.split("\n")) == {"noise from python", "noise from a child", ""}
 
 
-def test_export_and_benchmark_print_json_and_nothing_else(compressed: Path, plugin: Path, cli: Cli) -> None:
-    exported = cli("export", compressed, "--target", plugin / "numpy.toml", "--json")
-    assert (exported.code, exported.stderr) == (0, "")
-    [manifest] = strict_json(exported.stdout)
-    assert manifest == read_manifests(compressed)["numpy"].model_dump(mode="json")
+def test_export_and_benchmark_print_json_and_nothing_else(
+    exported: Path, numpy_target: Callable[..., str], cli: Cli
+) -> None:
+    done = cli("export", exported, "--target", numpy_target("other", absent="not here"), "--json")
+    assert (done.code, done.stderr) == (0, "")
+    [manifest] = strict_json(done.stdout)
+    assert manifest == read_manifests(exported)["other"].model_dump(mode="json")
 
-    timed = cli("benchmark", compressed, "--iterations", "2", "--json")
-    assert (timed.code, timed.stderr) == (0, "")
-    document = strict_json(timed.stdout)
-    assert [timing["label"] for timing in document["targets"][0]["timings"]] == ["f32", "int8"]
+    done = cli("benchmark", exported, "--iterations", "2", "--json")
+    assert (done.code, done.stderr) == (0, "")
+    numpy, other = strict_json(done.stdout)["targets"]
+    assert [timing["label"] for timing in numpy["timings"]] == ["f32", "int8"]
+    assert (other["timings"], other["reason"]) == ([], "not here")
 
 
 def test_inspect_prints_json_of_float_annotated_and_qdq_files(tiny: TinyFiles, exported_once: Path, cli: Cli) -> None:

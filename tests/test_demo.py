@@ -46,7 +46,7 @@ def test_the_demo_goes_the_way_of_any_user(tmp_path: Path, cli: Cli) -> None:
     assert not shown
 
     record = read_compressed(out / "compressed")
-    assert [layer.name for layer in record.layers][0] == "stem.0"
+    assert record.layers[0].name == "stem.0"
     assert record.float_metric is not None
     assert record.simulated_metric is not None
     assert record.float_metric.value > 0.8
@@ -62,7 +62,10 @@ def test_the_demo_goes_the_way_of_any_user(tmp_path: Path, cli: Cli) -> None:
     assert not left_out & set(targets)
 
 
-def test_a_step_that_fails_ends_the_demo_with_its_code(tmp_path: Path, cli: Cli) -> None:
+def test_a_step_that_fails_ends_the_demo_with_its_code(
+    tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgekit.training.digits.EPOCHS", 1)
     (tmp_path / "digits_net.py").write_text("")
     (tmp_path / "compressed").mkdir()
     (tmp_path / "compressed" / "thesis.tex").write_text("mine")

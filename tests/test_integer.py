@@ -11,13 +11,13 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qdq_graphs import QdqGraph, op_types, run
-from test_qoperator import TYPES, images, residual_network
 
 from edgekit.errors import GraphError
 from edgekit.lowering.functions import add_functions
 from edgekit.lowering.integer import lower_integer
 from edgekit.quant.requantize import requantize, requantize_multiplier, shared_shift_multipliers
+from qdq_graphs import QdqGraph, op_types, run
+from test_qoperator import TYPES, images, residual_network
 
 INT32 = st.integers(-(2**31), 2**31 - 1)
 REALS = st.floats(2.0**-45, 2.0**20)

@@ -9,10 +9,10 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qdq_graphs import QdqGraph, op_types, run
 
 from edgekit.errors import GraphError
 from edgekit.lowering.qoperator import lower_qoperator
+from qdq_graphs import QdqGraph, op_types, run
 
 TYPES = ["uint8", "int8"]
 CONTRIB = "com.microsoft"

@@ -12,11 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from edgekit_tensorrt import TensorRtBackend
-from edgekit_tensorrt.kernels import from_build_log, from_inspector
-from edgekit_tensorrt.package import import_tensorrt, missing_gpu
 from numpy.typing import NDArray
-from tensorrt_graphs import RNG, model_of, qdq, small_conv
 
 from edgekit.backend import Artifact, KernelRecord, get_backend
 from edgekit.errors import BackendError
@@ -25,6 +21,10 @@ from edgekit.graph.run import Session
 from edgekit.lowering.half import to_float16
 from edgekit.quant.spec import QuantParams
 from edgekit.target import Device, Target, load_target
+from edgekit_tensorrt import TensorRtBackend
+from edgekit_tensorrt.kernels import from_build_log, from_inspector
+from edgekit_tensorrt.package import import_tensorrt, missing_gpu
+from tensorrt_graphs import RNG, model_of, qdq, small_conv
 
 BACKEND = TensorRtBackend()
 TARGET = load_target("cuda-tensorrt")

@@ -8,13 +8,13 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from edgekit_tensorrt import TensorRtBackend
-from edgekit_tensorrt.profile import input_ranges
-from tensorrt_graphs import model_of, qdq, small_conv
 
 from edgekit.errors import TargetError
 from edgekit.lowering.half import to_float16
 from edgekit.target import load_target
+from edgekit_tensorrt import TensorRtBackend
+from edgekit_tensorrt.profile import input_ranges
+from tensorrt_graphs import model_of, qdq, small_conv
 
 BACKEND = TensorRtBackend()
 TARGET = load_target("cuda-tensorrt")

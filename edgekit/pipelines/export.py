@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -100,7 +101,7 @@ def export(
         raise TargetError("no target is named; give at least one with --target (`edgekit targets` lists them)")
     rules = [load_target(name) for name in targets]
     for target in rules:
-        _check_format(target, format)
+        _check_target(target, format)
     stored = open_stored(Path(out))
     reference = evaluate or stored.record.evaluate
     metric = open_metric(reference, stored.held_back.inputs, preprocess=stored.record.preprocess) if reference else None
@@ -133,7 +134,11 @@ def _check_strangers(folder: Path) -> None:
         )
 
 
-def _check_format(target: Target, format: Format | None) -> None:
+def _check_target(target: Target, format: Format | None) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", target.name):
+        raise TargetError(
+            f"target name {target.name!r} cannot name a folder; use letters, digits, '-', '_' and '.' for `name` in its file"
+        )
     if not target.backend:
         raise TargetError(
             f"target {target.name!r} has no runtime: it is what others extend; export to one of `edgekit targets`"
