@@ -39,7 +39,7 @@ def run_demo(out: Path, run_step: Callable[[list[str]], None], say: Callable[[st
         ]
     )  # fmt: skip
     run_step(["export", model, *_targets(say)])
-    run_step(["benchmark", model])
+    run_step(["benchmark", model, "--batch-size", "8"])
 
 
 def _targets(say: Callable[[str], None]) -> Iterator[str]:

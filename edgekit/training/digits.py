@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from edgekit.training.digits_net import digits_net
 
-EPOCHS, BATCH, RATE = 30, 64, 3e-3
+EPOCHS, BATCH, RATE = 15, 64, 3e-3
 CALIBRATION_SAMPLES, TEST_SAMPLES = 320, 500
 
 

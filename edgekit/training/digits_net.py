@@ -11,13 +11,13 @@ class DigitsNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = _conv(1, 32)
-        self.residual = _conv(32, 32)
-        self.depthwise = _conv(32, 32, groups=32)
-        self.pointwise = _conv(32, 32, kernel=1)
+        self.stem = _conv(1, 64)
+        self.residual = _conv(64, 64)
+        self.depthwise = _conv(64, 64, groups=64)
+        self.pointwise = _conv(64, 64, kernel=1)
         self.pool = nn.MaxPool2d(2)
-        self.mix = _conv(64, 64)
-        self.head = nn.Linear(64, 10)
+        self.mix = _conv(128, 128)
+        self.head = nn.Linear(128, 10)
 
     def forward(self, image: Tensor) -> Tensor:
         """Scores of the ten digits."""
