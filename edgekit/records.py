@@ -9,8 +9,8 @@ from typing import TypeVar
 
 from pydantic import Field, ValidationError
 
+from edgekit.data.images import Preprocess
 from edgekit.errors import OutputError
-from edgekit.images import Preprocess
 from edgekit.output import sha256
 from edgekit.target import Target
 from edgekit.toml_file import Table

@@ -37,7 +37,9 @@ def main() -> None:
 
     for result in edgekit.export(out, ["x86-onnxruntime", "x86-openvino"]):
         proof = result.manifest.proof
-        print(f"{result.manifest.target}: agrees with the simulation: {proof.agrees}, int8 MACs: {proof.int8_macs_share:.0%}")
+        print(
+            f"{result.manifest.target}: agrees with the simulation: {proof.agrees}, int8 MACs: {proof.int8_macs_share:.0%}"
+        )
 
     for record in edgekit.benchmark(out, batch_size=8).targets:
         print(f"{record.target}: {record.median_ms:.3f} ms, {record.speedup:.2f}x float32")

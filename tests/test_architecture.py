@@ -16,8 +16,8 @@ CONVERTERS = ("edgekit_onnxruntime", "edgekit_openvino", "edgekit_tensorrt")
 LEVELS = (
     "errors",
     "progress reference output toml_file",
-    "quant images samples",
-    "target streams",
+    "quant",
+    "target",
     "data graph",
     "passes calibration lowering",
     "training backend",

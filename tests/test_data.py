@@ -437,7 +437,7 @@ def test_bad_images_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.Monk
         PIL.Image.new("1", (side, side)).save(bomb, "PNG")
         with pytest.raises(DataError, match=rf"'{name}' .* pixels; at most 50,000,000"):
             read(name, bomb.getvalue())
-    monkeypatch.setattr("edgekit.images.MAX_FILE_BYTES", 100)
+    monkeypatch.setattr("edgekit.data.images.MAX_FILE_BYTES", 100)
     with pytest.raises(DataError, match=r"'large.jpg' is [\d,]+ bytes; at most 100 are read"):
         read("large.jpg", good)
 

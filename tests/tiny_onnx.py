@@ -31,7 +31,14 @@ def tiny_model(seed: int = 0) -> onnx.ModelProto:
         helper.make_node("Flatten", ["p"], ["f"], "flatten"),
         helper.make_node("Gemm", ["f", "w3", "b3"], ["scores"], "head", transB=1),
     ]
-    weights = [weight("w1", 8, 3, 3, 3), weight("b1", 8), weight("w2", 8, 8, 3, 3), weight("b2", 8), weight("w3", 4, 8), weight("b3", 4)]
+    weights = [
+        weight("w1", 8, 3, 3, 3),
+        weight("b1", 8),
+        weight("w2", 8, 8, 3, 3),
+        weight("b2", 8),
+        weight("w3", 4, 8),
+        weight("b3", 4),
+    ]
     graph = helper.make_graph(
         nodes,
         "tiny",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgekit.images import Preprocess
+from edgekit.data.images import Preprocess
 from edgekit.toml_file import Table, read_toml, validate
 
 

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.data import BoundData
+from edgekit.data.samples import LABELS
 from edgekit.errors import DataError
-from edgekit.samples import LABELS
 
 HELD_BACK_SAMPLES = 64
 BATCH_SIZE = 8

@@ -19,9 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from edgekit.errors import DataError
-from edgekit.reference import user_code
-from edgekit.samples import (
+from edgekit.data.samples import (
     LABELS,
     Array,
     Batch,
@@ -35,6 +33,8 @@ from edgekit.samples import (
     prepared,
     without_doubles,
 )
+from edgekit.errors import DataError
+from edgekit.reference import user_code
 
 _END = object()
 

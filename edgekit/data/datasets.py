@@ -19,10 +19,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.errors import DataError
-from edgekit.images import ImageFiles, Preprocess, normalize, open_images
-from edgekit.reference import resolve_reference
-from edgekit.samples import (
+from edgekit.data.images import ImageFiles, Preprocess, normalize, open_images
+from edgekit.data.samples import (
     LABELS,
     Array,
     Batch,
@@ -36,9 +34,9 @@ from edgekit.samples import (
     prepared,
     without_doubles,
 )
-from edgekit.streams import StreamData
-
-__all__ = ["Batch", "BoundData", "Dataset", "InputSpec", "Preprocess", "example_arrays", "open_data"]
+from edgekit.data.streams import StreamData
+from edgekit.errors import DataError
+from edgekit.reference import resolve_reference
 
 KINDS = "an .npz or .npy file, a folder or .zip of images, or module:function"
 
