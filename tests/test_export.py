@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ from edgekit.errors import BackendError, DataError, OutputError, TargetError
 from edgekit.output import sha256
 from edgekit.records import Manifest, read_manifests, read_record
 from edgekit.report import summary
-from graphs import run
+from graphs import GraphBuilder, normal, run
 from networks import Net, samples
 
 Array = NDArray[Any]
@@ -237,7 +238,7 @@ def test_layers_that_the_runtime_gets_wrong_are_found_and_kept_float(
     assert set(result.manifest.kept_float) == {"deep", "block"}
     listed = ", ".join(result.manifest.kept_float)
     assert any(
-        note.startswith("kept in float, because onnx ") and note.endswith(f" computes them wrongly in int8: {listed}")
+        note.startswith("kept in float, because onnx ") and note.endswith(f" or computes them wrongly in int8: {listed}")
         for note in result.manifest.notes
     )
     sources = {
@@ -251,6 +252,28 @@ def test_layers_that_the_runtime_gets_wrong_are_found_and_kept_float(
     report = (compressed / "report.md").read_text()
     assert f"computes them wrongly in int8: {listed}" in report
     assert "WRONG" not in report
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"kernel_shape": [2, 2], "dilations": [2, 2]},  # ONNX Runtime fuses it into a node that it then refuses
+        {"kernel_shape": [3, 3], "strides": [2, 2], "ceil_mode": 1, "count_include_pad": 1, "pads": [1, 1, 1, 1]},
+    ],
+    ids=["refused", "wrong"],
+)
+def test_a_pool_that_onnxruntime_fuses_wrongly_is_kept_float(tmp_path: Path, attributes: dict[str, Any]) -> None:
+    build = GraphBuilder(opset=19)
+    x = build.conv(build.input("x", ["N", 3, 12, 12]), "first", 3, 8)
+    y = build.conv(build.op("AveragePool", [x], "pool", **attributes), "second", 8, 4)
+    onnx.save(build.proto(y), tmp_path / "pools.onnx")
+    out = tmp_path / "out"
+    edgekit.compress(tmp_path / "pools.onnx", out, calibration={"x": normal(96, 3, 12, 12)})
+    [result] = edgekit.export(out, ["x86-onnxruntime"])
+    assert result.manifest.proof.agrees is True
+    # ONNX Runtime fuses even a float pool between DQ and Q, so its reader has to stay float too.
+    assert set(result.manifest.kept_float) == {"pool", "second"}
+    assert set(result.manifest.proof.float_layers) == {"second"}
 
 
 def test_what_cannot_be_mended_is_exported_only_for_inspection(

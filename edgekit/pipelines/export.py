@@ -163,15 +163,26 @@ def _export_one(
     kept: tuple[str, ...] = ()
     while True:
         on_progress(f"{target.name}: lower, convert, verify", len(kept), None)
-        candidate = _build(job, frozenset(kept))
-        if candidate.proof.agrees is not False or len(kept) == MOST_REPAIRS:
+        candidate, problem = _try(job, frozenset(kept))
+        if not problem or len(kept) == MOST_REPAIRS:
             break
         on_progress(f"{target.name}: find the layer that the runtime gets wrong", len(kept), None)
         guilty = _find_guilty(job, frozenset(kept))
         if guilty is None:
             break
         kept = (*kept, guilty)
+    if candidate is None:
+        raise BackendError(problem)
     return _describe(job, stored.record, candidate, kept, metric)
+
+
+def _try(job: _Job, keep_float: frozenset[str]) -> tuple[_Candidate | None, str]:
+    """What was built, and what is wrong with it; nothing but the reason when the runtime refuses it."""
+    try:
+        candidate = _build(job, keep_float)
+    except BackendError as error:
+        return None, str(error)
+    return candidate, candidate.proof.reason if candidate.proof.agrees is False else ""
 
 
 def _build(job: _Job, keep_float: frozenset[str]) -> _Candidate:
@@ -203,16 +214,16 @@ def _build(job: _Job, keep_float: frozenset[str]) -> _Candidate:
 
 
 def _find_guilty(job: _Job, keep_float: frozenset[str]) -> str | None:
-    """The first node whose quantization the runtime gets wrong: bisection over how many nodes, in graph order, are quantized.
+    """The first node whose quantization the runtime refuses or gets wrong: bisection over how many, in graph order, are quantized.
 
-    None when the runtime departs from the simulation even with nothing quantized.
+    None when there is something wrong even with nothing quantized.
     """
     names = [node.name or "" for node in quantized_nodes(job.model, job.target, keep_float=keep_float)]
     with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
         trial = replace(job, folder=Path(folder))  # the job's own folder keeps what is exported
 
         def agrees(count: int) -> bool:
-            return _build(trial, keep_float | frozenset(names[count:])).proof.agrees is not False
+            return not _try(trial, keep_float | frozenset(names[count:]))[1]
 
         right, wrong = 0, len(names)
         if not agrees(right):
@@ -279,7 +290,7 @@ def _notes(job: _Job, candidate: _Candidate, kept: tuple[str, ...]) -> list[str]
     if not job.available.can_run:
         notes.append(missing(job.available))
     if kept:
-        notes.append(f"kept in float, because {runtime} computes them wrongly in int8: {', '.join(kept)}")
+        notes.append(f"kept in float, because {runtime} refuses them or computes them wrongly in int8: {', '.join(kept)}")
     if proof.agrees is False:
         notes.append(
             f"WRONG: {runtime} does not compute what the simulation does: {proof.reason}. Do not ship this artifact"
