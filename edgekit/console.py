@@ -15,7 +15,7 @@ from rich.text import Text
 from edgekit.pipelines.inspect import InspectResult
 from edgekit.pipelines.targets import TargetStatus, missing
 from edgekit.progress import Progress, silent
-from edgekit.report import COLUMNS, Row
+from edgekit.report import COLUMNS, NOISY, Row
 
 _WIDTH_WITHOUT_TERMINAL = 160
 
@@ -49,6 +49,8 @@ def progress_bars(*, quiet: bool) -> Iterator[Progress]:
 def print_rows(rows: Sequence[Row]) -> None:
     """The summary table."""
     _print(COLUMNS, [row.cells() for row in rows])
+    if any(row.speedup.startswith(NOISY) for row in rows):
+        print(f"{NOISY} measured while the machine was noisy: the interval is in the report")
 
 
 def print_targets(found: Sequence[TargetStatus]) -> None:

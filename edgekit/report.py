@@ -33,6 +33,8 @@ COLUMNS = (
     "of fastest float",
     "MACs in int8",
 )
+NOISY = "~"
+"""Before a speed-up that was measured while the machine was noisy."""
 _MOST_LAYERS = 200
 
 
@@ -93,7 +95,7 @@ def _row(compressed: Compressed, manifest: Manifest, measured: Benchmark | None)
     proof = manifest.proof
     stale = manifest.model_sha256 != compressed.model_sha256
     median = measured.median_ms if measured else None
-    noisy = "~" if measured and measured.noisy else ""
+    noisy = NOISY if measured and measured.noisy else ""
     fastest = (
         f"{noisy}{measured.speedup_over_fastest:.2f}x {measured.fastest_float}"
         if measured and measured.speedup_over_fastest is not None

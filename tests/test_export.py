@@ -238,7 +238,8 @@ def test_layers_that_the_runtime_gets_wrong_are_found_and_kept_float(
     assert set(result.manifest.kept_float) == {"deep", "block"}
     listed = ", ".join(result.manifest.kept_float)
     assert any(
-        note.startswith("kept in float, because onnx ") and note.endswith(f" or computes them wrongly in int8: {listed}")
+        note.startswith("kept in float, because onnx ")
+        and note.endswith(f" or computes them wrongly in int8: {listed}")
         for note in result.manifest.notes
     )
     sources = {

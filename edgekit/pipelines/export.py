@@ -290,7 +290,9 @@ def _notes(job: _Job, candidate: _Candidate, kept: tuple[str, ...]) -> list[str]
     if not job.available.can_run:
         notes.append(missing(job.available))
     if kept:
-        notes.append(f"kept in float, because {runtime} refuses them or computes them wrongly in int8: {', '.join(kept)}")
+        notes.append(
+            f"kept in float, because {runtime} refuses them or computes them wrongly in int8: {', '.join(kept)}"
+        )
     if proof.agrees is False:
         notes.append(
             f"WRONG: {runtime} does not compute what the simulation does: {proof.reason}. Do not ship this artifact"
