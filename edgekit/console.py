@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.measure import Measurement
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
@@ -105,10 +107,18 @@ def _shape(shape: tuple[int | None, ...] | None) -> str:
 
 
 def _print(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table or, where that would have to break words, a block of lines for each row."""
     console = Console(width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL)
     table = Table(show_edge=False)
-    for name in header:
-        table.add_column(name, overflow="fold")
+    for index, name in enumerate(header):
+        table.add_column(name, overflow="fold", no_wrap=index == 0)
     for row in rows:
         table.add_row(*map(Text, row))  # as it stands: a name may look like markup
-    console.print(table)
+    unbounded = console.options.update_width(10_000)
+    if Measurement.get(console, unbounded, table).minimum <= console.width:
+        console.print(table)
+        return
+    for row in rows:
+        rest = "; ".join(f"{name}: {cell}" for name, cell in zip(header[1:], row[1:], strict=True) if cell)
+        console.print(Text(row[0], style="bold"))
+        console.print(Padding(Text(rest), (0, 0, 0, 2)))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
 
+from edgekit.console import progress_bars
 from edgekit.errors import BackendError
 from edgekit.output import check_folder, write_text
 from edgekit.pipelines.targets import list_targets, missing
@@ -28,7 +29,8 @@ def run_demo(out: Path, run_step: Callable[[list[str]], None], say: Callable[[st
 
     write_text(out / NETWORK, files("edgekit.training").joinpath(NETWORK).read_text(encoding="utf-8"))
     say("training a small CNN on scikit-learn's handwritten digits ...")
-    accuracy = train(out / CHECKPOINT, out / CALIBRATION, out / TEST)
+    with progress_bars(quiet=False) as on_progress:
+        accuracy = train(out / CHECKPOINT, out / CALIBRATION, out / TEST, on_progress=on_progress)
     say(f"{out / CHECKPOINT}: {100 * accuracy:.2f} % top-1 in float, on digits it was not trained on")
 
     model = str(out / "compressed")

@@ -24,7 +24,8 @@ LEVELS = (
     "worker records",
     "measure metric proof report",
     "pipelines",
-    "console demo",
+    "console",
+    "demo",
     "cli",
 )
 """The rooms of edgekit/, lowest first: a room imports only from rooms below its own level."""

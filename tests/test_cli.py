@@ -23,7 +23,9 @@ import edgekit
 from conftest import Outcome, TinyFiles, tiny_images, tiny_network
 from edgekit import errors
 from edgekit.cli import EXIT_CODES, main
+from edgekit.console import print_rows
 from edgekit.records import read_compressed, read_manifests
+from edgekit.report import Row
 
 Cli = Callable[..., Outcome]
 Snapshot = Callable[[Path], dict[str, str]]
@@ -742,3 +744,26 @@ def test_a_bug_keeps_its_traceback(tiny: TinyFiles, tmp_path: Path, cli: Cli, mo
     with pytest.raises(AttributeError, match="no_such_attribute"):
         cli("compress", tiny.model, "--calibration", tiny.data, "-o", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("columns", "form"), [(60, "block"), (200, "table")])
+def test_a_narrow_terminal_gets_blocks_instead_of_broken_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], columns: int, form: str
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    row = Row(
+        "arm-onnxruntime",
+        "checked on onnxruntime 1.32.0",
+        219_576,
+        "99.80 %",
+        "+0.00 points",
+        "",
+        "",
+        "",
+        "100.0 % ran",
+    )
+    print_rows([row])
+    printed = capsys.readouterr().out
+    assert "arm-onnxruntime" in printed
+    assert ("drop: +0.00 points" in printed) == (form == "block")

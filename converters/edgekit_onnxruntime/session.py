@@ -12,6 +12,7 @@ import onnxruntime as ort
 
 from edgekit.backend import Artifact, Feeds, KernelRecord, Outputs
 from edgekit.errors import BackendError
+from edgekit.graph.run import ORT_ERRORS
 from edgekit.target import Target
 from edgekit_onnxruntime.names import NodeNames, read_names
 
@@ -57,7 +58,7 @@ def open_session(model: Path, options: ort.SessionOptions) -> ort.InferenceSessi
     """A CPU session, its refusal as a `BackendError`."""
     try:
         return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-    except RUNTIME_ERRORS as error:
+    except ORT_ERRORS as error:
         raise BackendError(f"{model}: ONNX Runtime refuses the model: {str(error).strip()}") from error
 
 
@@ -133,16 +134,5 @@ def _float_precision(arguments: dict[str, object]) -> str:
     )
 
 
-_STATE = ort.capi.onnxruntime_pybind11_state
-RUNTIME_ERRORS: tuple[type[Exception], ...] = (
-    _STATE.Fail,
-    _STATE.InvalidArgument,
-    _STATE.InvalidGraph,
-    _STATE.InvalidProtobuf,
-    _STATE.NoSuchFile,
-    _STATE.NotImplemented,
-    _STATE.RuntimeException,
-    _STATE.EPFail,
-)
-RUN_ERRORS: tuple[type[Exception], ...] = (ValueError, *RUNTIME_ERRORS)
+RUN_ERRORS: tuple[type[Exception], ...] = (ValueError, *ORT_ERRORS)
 """Inputs that are missing are a ValueError."""

@@ -37,7 +37,7 @@ class Session:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self._session = _open(model, options)
-        except _ORT_ERRORS as error:
+        except ORT_ERRORS as error:
             raise GraphError(f"ONNX Runtime cannot load the model: {first_line(error)}") from error
         self.input_names: list[str] = [i.name for i in self._session.get_inputs()]
         self.output_names: list[str] = [o.name for o in self._session.get_outputs()]
@@ -51,7 +51,7 @@ class Session:
         names = self.output_names if outputs is None else list(outputs)
         try:
             results = self._session.run(names, dict(feeds))
-        except _ORT_ERRORS as error:
+        except ORT_ERRORS as error:
             raise GraphError(f"ONNX Runtime cannot run the model: {first_line(error)}") from error
         return dict(zip(names, results, strict=True))
 
@@ -71,7 +71,7 @@ def _open(model: ir.Model | Path, options: ort.SessionOptions) -> ort.InferenceS
 
 
 _STATE = ort.capi.onnxruntime_pybind11_state
-_ORT_ERRORS: tuple[type[Exception], ...] = (
+ORT_ERRORS: tuple[type[Exception], ...] = (
     _STATE.Fail,
     _STATE.InvalidArgument,
     _STATE.InvalidGraph,
@@ -79,7 +79,9 @@ _ORT_ERRORS: tuple[type[Exception], ...] = (
     _STATE.NoSuchFile,
     _STATE.NotImplemented,
     _STATE.RuntimeException,
+    _STATE.EPFail,
 )
+"""What ONNX Runtime raises when it refuses or fails to run a model."""
 
 
 def with_outputs(model: ir.Model, names: set[str]) -> ir.Model:

@@ -11,13 +11,14 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from edgekit.progress import Progress, silent
 from edgekit.training.digits_net import digits_net
 
 EPOCHS, BATCH, RATE = 15, 64, 3e-3
 CALIBRATION_SAMPLES, TEST_SAMPLES = 320, 500
 
 
-def train(checkpoint: Path, calibration: Path, test: Path, *, seed: int = 0) -> float:
+def train(checkpoint: Path, calibration: Path, test: Path, *, seed: int = 0, on_progress: Progress = silent) -> float:
     """Train the demo's network, save its state_dict, and calibration and test data as `.npz`; top-1 on the test data.
 
     Calibration samples come from the training data. The images `(N, 1, 8, 8)` are float32 in [0, 1].
@@ -34,7 +35,7 @@ def train(checkpoint: Path, calibration: Path, test: Path, *, seed: int = 0) -> 
     torch.manual_seed(seed)
     network = digits_net()
     with _one_thread():
-        _fit(network, torch.from_numpy(images[used]), torch.from_numpy(labels[used]), seed)
+        _fit(network, torch.from_numpy(images[used]), torch.from_numpy(labels[used]), seed, on_progress)
     torch.save(network.state_dict(), checkpoint)
     network.eval()
     with torch.no_grad():
@@ -53,12 +54,12 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _fit(network: nn.Module, images: Tensor, labels: Tensor, seed: int) -> None:
+def _fit(network: nn.Module, images: Tensor, labels: Tensor, seed: int, on_progress: Progress) -> None:
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(network.parameters(), RATE)
     steps = EPOCHS * (len(labels) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
-    for _ in range(EPOCHS):
+    for epoch in range(EPOCHS):
         order = torch.randperm(len(labels), generator=generator)
         for start in range(0, len(labels) - BATCH + 1, BATCH):
             chosen = order[start : start + BATCH]
@@ -67,3 +68,4 @@ def _fit(network: nn.Module, images: Tensor, labels: Tensor, seed: int) -> None:
             torch.autograd.backward(loss)
             optimizer.step()
             schedule.step()
+        on_progress("train", epoch + 1, EPOCHS)
