@@ -20,7 +20,10 @@ from edgekit import __version__
 from edgekit.errors import EdgekitError
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from edgekit.pipelines.compress import CompressResult
+    from edgekit.records import Benchmarks
 
 EXIT_CODES = """
 \b
@@ -134,7 +137,7 @@ def export(
         click.echo(f"{result.folder}: {result.manifest.artifact}, {result.manifest.artifact_bytes:,} bytes")
         for note in result.manifest.notes:
             click.echo(f"  note: {note}")
-    _print_summary(folder)
+    _print_summary(folder, {result.manifest.target for result in results})
 
 
 @main.command(cls=_Command)
@@ -152,25 +155,16 @@ def benchmark(
     """Measure the exports in OUT against float on the same runtime."""
     from edgekit.console import progress_bars
     from edgekit.pipelines.benchmark import benchmark as run
+    from edgekit.pipelines.benchmark import refuse_slower
 
     with progress_bars(quiet=as_json) as on_progress, _stdout_for_json(as_json):
-        found = run(
-            folder,
-            targets,
-            batch_size=batch_size,
-            iterations=iterations,
-            fail_on_slower=fail_on_slower,
-            on_progress=on_progress,
-        )
+        found = run(folder, targets, batch_size=batch_size, iterations=iterations, on_progress=on_progress)
     if as_json:
         _print_json(found)
-        return
-    _print_summary(folder)
-    for record in found.targets:
-        if record.why_not:
-            click.echo(f"{record.target}: not timed: {record.why_not}")
-        for note in record.notes:
-            click.echo(f"{record.target}: {note}")
+    else:
+        _print_benchmarks(folder, found)
+    if fail_on_slower:  # what was measured is printed all the same
+        refuse_slower(found)
 
 
 @main.command(cls=_Command)
@@ -254,6 +248,8 @@ def _print_json(found: Any) -> None:
 
 
 def _print_compressed(result: CompressResult) -> None:
+    from edgekit.report import summary
+
     record = result.record
     click.echo(
         f"{result.model}: {record.source.name} for {record.target!r}, {record.calibrator} ranges of {record.samples} samples"
@@ -263,11 +259,25 @@ def _print_compressed(result: CompressResult) -> None:
         click.echo(f"  {name}: {before:.4f} in float, {after:.4f} in simulated int8")
     for note in record.notes:
         click.echo(f"  note: {note}")
+    stale = [row.target for row in summary(result.model.parent)]
+    if stale:
+        click.echo(
+            f"  note: the exports in {result.model.parent} are of the model before: export {', '.join(stale)} again"
+        )
 
 
-def _print_summary(folder: Path) -> None:
+def _print_benchmarks(folder: Path, found: Benchmarks) -> None:
+    _print_summary(folder, {record.target for record in found.targets})
+    for record in found.targets:
+        if record.why_not:
+            click.echo(f"{record.target}: not timed: {record.why_not}")
+        for note in record.notes:
+            click.echo(f"{record.target}: {note}")
+
+
+def _print_summary(folder: Path, targets: Collection[str]) -> None:
     from edgekit.console import print_rows
     from edgekit.report import REPORT_MD, summary
 
-    print_rows(summary(folder))
+    print_rows([row for row in summary(folder) if row.target in targets])
     click.echo(f"report: {folder / REPORT_MD}")

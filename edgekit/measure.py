@@ -255,5 +255,5 @@ def _complaint(timing: Timing) -> str:
         return ""
     return (
         f"{timing.label}: burst medians differ by {share:.0%} (more than {NOISY_SPREAD:.0%}); "
-        "close other programs and run more bursts"
+        "close other programs and measure again"
     )

@@ -18,6 +18,15 @@ ROUNDING_DB = 30.0
 """A runtime this close to the simulation differs from it by codes that flip at ties, and their cascade."""
 SLACK_DB = 1.5
 """... or it is as close to float as the simulation is, give or take this much: it kept something in float that it need not."""
+RESEMBLES_DB = 6.0
+"""... which takes that it resembles float at all."""
+KEPT_SLICE_DB, LOST_SLICE_DB = 10.0, 3.0
+"""A class, a box coordinate, a channel that the simulation keeps at least so well may not come out this far from it: one of many weighs
+little in the whole output.
+"""
+LARGEST_AXIS = 4096
+LOST_ELEMENTS = 0.1
+"""Share of whole numbers, such as indices among equals, that may part from the simulation's."""
 LOST_DECISIONS = 0.02
 """Share of samples whose arg max may part from the simulation's by rounding (at least one sample)."""
 
@@ -58,7 +67,7 @@ def compare(ran: Sequence[Arrays] | None, simulated: Sequence[Arrays], floats: S
     )
     if ran is None:
         return proof
-    reason = _disagreement(proof, simulated, floats)
+    reason = _disagreement(proof, ran, simulated, floats)
     return proof.model_copy(update={"agrees": not reason, "reason": reason})
 
 
@@ -77,10 +86,10 @@ def int8_share(layers: Sequence[Layer], kernels: Sequence[KernelRecord]) -> tupl
     )
 
 
-def _disagreement(proof: Proof, simulated: Sequence[Arrays], floats: Sequence[Arrays]) -> str:
+def _disagreement(proof: Proof, ran: Sequence[Arrays], simulated: Sequence[Arrays], floats: Sequence[Arrays]) -> str:
     """Why the runtime does not compute what the simulation does; empty when it does, up to rounding."""
     for output in proof.outputs:
-        reason = _other_numbers(output, simulated, floats) or _other_codes(output, simulated, floats)
+        reason = _other_numbers(output, ran, simulated, floats) or _other_codes(output, simulated, floats)
         if reason:
             return f"output {output.name!r} {reason}"
     expected = _top1(next(iter(simulated[0])), simulated, floats)
@@ -90,29 +99,92 @@ def _disagreement(proof: Proof, simulated: Sequence[Arrays], floats: Sequence[Ar
     return ""
 
 
-def _other_numbers(output: OutputProof, simulated: Sequence[Arrays], floats: Sequence[Arrays]) -> str:
+def _other_numbers(
+    output: OutputProof, ran: Sequence[Arrays], simulated: Sequence[Arrays], floats: Sequence[Arrays]
+) -> str:
     """What is wrong with an output of floats."""
     near, own = output.simulation_sqnr_db, output.float_sqnr_db
     expected = _sqnr_db(output.name, simulated, floats)
-    if near is None or own is None or expected is None or near >= ROUNDING_DB or own >= expected - SLACK_DB:
+    if near is None or own is None or expected is None:
+        return ""
+    lost = _lost_slice(output.name, ran, simulated, floats)
+    if lost:
+        return lost
+    if near >= ROUNDING_DB or own >= max(expected - SLACK_DB, RESEMBLES_DB):
         return ""
     return f"is {near:.1f} dB from the simulation and {own:.1f} dB from float, where the simulation is {expected:.1f} dB from float"
+
+
+def _lost_slice(name: str, ran: Sequence[Arrays], simulated: Sequence[Arrays], floats: Sequence[Arrays]) -> str:
+    """The first slice along an axis that the simulation keeps and the runtime does not."""
+    for axis in range(1, simulated[0][name].ndim):
+        kept, near = _slices_db(name, simulated, floats, axis), _slices_db(name, ran, simulated, axis)
+        if kept is None or near is None:
+            continue
+        lost = np.flatnonzero((kept >= KEPT_SLICE_DB) & (near < LOST_SLICE_DB))
+        if lost.size:
+            index = int(lost[0])
+            return (
+                f"is lost at index {index} of axis {axis}: {near[index]:.1f} dB from the simulation, which is {kept[index]:.1f} dB "
+                "from float"
+            )
+    return ""
+
+
+def lost_slices(simulated: Sequence[Arrays], floats: Sequence[Arrays]) -> list[str]:
+    """Where quantization itself leaves nothing of a part of an output that as a whole looks well, a sentence for each output."""
+    found = []
+    for name, array in simulated[0].items():
+        for axis in range(1, array.ndim):
+            ratios, whole = _slices_db(name, simulated, floats, axis), _sqnr_db(name, simulated, floats)
+            if ratios is None or whole is None or whole < KEPT_SLICE_DB:
+                continue
+            lost = np.flatnonzero(ratios <= LOST_SLICE_DB)
+            if lost.size:
+                found.append(
+                    f"output {name!r} is {whole:.1f} dB from float as a whole, but nothing is left of {lost.size} of its {ratios.size} "
+                    f"slices along axis {axis} (index {int(lost[0])}): keep what makes it in float, or evaluate it"
+                )
+                break
+    return found
+
+
+def _slices_db(name: str, a: Sequence[Arrays], reference: Sequence[Arrays], axis: int) -> NDArray[np.float64] | None:
+    """The SQNR (dB) of each slice along an axis; 200 for slices of zeros. None for what has no such slices or too many."""
+    sizes = {array[name].shape[axis] if array[name].ndim > axis else 0 for array in (*a, *reference)}
+    if len(sizes) != 1 or not 2 <= min(sizes) <= LARGEST_AXIS:
+        return None
+    signal = noise = np.zeros(min(sizes))
+    for ours, theirs in zip(a, reference, strict=True):
+        x, y = ours[name], theirs[name]
+        if x.shape != y.shape or not np.issubdtype(y.dtype, np.floating):
+            return None
+        others = tuple(i for i in range(y.ndim) if i != axis)
+        left, right = x.astype(np.float64), y.astype(np.float64)
+        finite = np.isfinite(left) & np.isfinite(right)
+        noise = noise + np.sum((np.where(finite, left, 0) - np.where(finite, right, 0)) ** 2, axis=others)
+        signal = signal + np.sum(np.where(finite, right, 0) ** 2, axis=others)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = 10 * np.log10(signal / noise)
+    return np.where((noise > 0) & (signal > 0), np.clip(ratios, -200.0, 200.0), 200.0)
 
 
 def _other_codes(output: OutputProof, simulated: Sequence[Arrays], floats: Sequence[Arrays]) -> str:
     """What is wrong with an output of whole numbers or truth values: classes, indices, masks."""
     expected = _equal_share(output.name, simulated, floats)
     size = sum(batch[output.name].size for batch in simulated)
-    if not _lost(output.simulation_equal, output.float_equal, expected, size):
+    if not _lost(output.simulation_equal, output.float_equal, expected, size, LOST_ELEMENTS):
         return ""
     return f"has {100 * (output.simulation_equal or 0):.1f} % of its elements in common with the simulation"
 
 
-def _lost(near: float | None, own: float | None, expected: float | None, count: int) -> bool:
+def _lost(
+    near: float | None, own: float | None, expected: float | None, count: int, share: float = LOST_DECISIONS
+) -> bool:
     """Whether more of `count` decisions part from the simulation's than rounding explains, and to the worse."""
     if near is None or own is None or expected is None:
         return False
-    return (1 - near) * count > max(1.0, LOST_DECISIONS * count) and own < expected - LOST_DECISIONS
+    return (1 - near) * count > max(1.0, share * count) and own < expected - share
 
 
 def _sqnr_db(name: str, a: Sequence[Arrays], reference: Sequence[Arrays]) -> float | None:

@@ -93,7 +93,8 @@ def _benchmarks(folder: Path, manifests: Mapping[str, Manifest]) -> Benchmarks |
 
 def _row(compressed: Compressed, manifest: Manifest, measured: Benchmark | None) -> Row:
     proof = manifest.proof
-    stale = manifest.model_sha256 != compressed.model_sha256
+    if manifest.model_sha256 != compressed.model_sha256:
+        return Row(manifest.target, "stale: export again", manifest.artifact_bytes, "", "", "", "", "", "")
     median = measured.median_ms if measured else None
     noisy = NOISY if measured and measured.noisy else ""
     fastest = (
@@ -103,7 +104,7 @@ def _row(compressed: Compressed, manifest: Manifest, measured: Benchmark | None)
     )
     return Row(
         target=manifest.target,
-        state="stale: export again" if stale else _state(manifest, measured),
+        state=_state(manifest, measured),
         bytes=manifest.artifact_bytes,
         metric=_metric(manifest),
         drop=_drop(manifest),
@@ -118,7 +119,7 @@ def _row(compressed: Compressed, manifest: Manifest, measured: Benchmark | None)
 
 def _state(manifest: Manifest, measured: Benchmark | None) -> str:
     proof = manifest.proof
-    if proof.agrees is False:
+    if proof.agrees is False or (measured is not None and measured.reason.startswith("WRONG")):
         return "WRONG, do not ship"
     if proof.agrees is None:
         return "built, not run here"

@@ -46,7 +46,7 @@ class Graph(Table):
 class Tensor(Table):
     """A `QuantSpec` as it stands in a file."""
 
-    dtype: Literal["int8", "uint8", "int4", "uint4", "int16", "uint16"] = "uint8"
+    dtype: Literal["int8", "uint8", "int16", "uint16"] = "uint8"
     symmetric: bool = False
     per_channel: bool = False
     narrow_range: bool = False
@@ -146,7 +146,10 @@ def load_target(name: str) -> Target:
         TargetError: unknown name, unreadable file, or a mistake in it.
     """
     path = _find(name)
-    return validate(_merged(path, seen=()), Target, path=path)
+    target = validate(_merged(path, seen=()), Target, path=path)
+    if (target_folder() / f"{target.name}.toml").is_file() and path.parent != target_folder():
+        raise TargetError(f"{path}: a shipped target is called {target.name!r}; give yours another `name`")
+    return target
 
 
 def _find(name: str) -> Path:

@@ -16,22 +16,28 @@ def network() -> nn.Module:
     """Any module in eval mode; here an untrained one."""
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1, bias=False),
-        nn.BatchNorm2d(16),
+        nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(32),
         nn.ReLU(),
-        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(64, 128, 3, padding=1),
         nn.ReLU(),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-        nn.Linear(32, 10),
+        nn.Linear(128, 10),
     ).eval()
 
 
 def main() -> None:
     """Compress, export, benchmark; the results are typed records."""
     images = np.random.default_rng(0).normal(size=(256, 3, 32, 32)).astype(np.float32)
-    out = Path(tempfile.mkdtemp(prefix="edgekit-example-"))
+    with tempfile.TemporaryDirectory(prefix="edgekit-example-") as folder:
+        ship(images, Path(folder))
 
+
+def ship(images: np.ndarray, out: Path) -> None:
+    """The three calls."""
     compressed = edgekit.compress(network(), out, calibration={"input": images})
     print(f"{compressed.model}: {len(compressed.record.layers)} layers")
 

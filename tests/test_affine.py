@@ -273,5 +273,5 @@ def test_a_trained_grid_is_renumbered_but_not_moved() -> None:
     ],
 )
 def test_a_grid_that_cannot_be_moved_names_what_to_do(params: QuantParams, spec: QuantSpec, words: str) -> None:
-    with pytest.raises(GraphError, match=f"{words}.*compress again with the --target"):
+    with pytest.raises(GraphError, match=f"{words}.*compress the float model again with the --target"):
         regrid(params, spec)

@@ -43,7 +43,8 @@ def test_the_artifact_is_timed_beside_float(exported: Path, plugin: Path) -> Non
 def test_slower_than_float_fails_when_asked(exported: Path, plugin: Path, cli: Cli) -> None:
     """The reference evaluator runs a graph with more nodes for longer, so its int8 is slower for certain."""
     done = cli("benchmark", exported, "--iterations", 3, "--fail-on-slower")
-    assert (done.code, done.stdout) == (9, "")
+    assert done.code == 9
+    assert "report: " in done.stdout, "what was measured is printed all the same"
     assert done.stderr.startswith("edgekit: slower than float32: numpy (0.")
     assert done.stderr.endswith("; leave layers in float, or ship the float model there\n")
     assert read_record(exported / "benchmark.json", Benchmarks, remedy="").targets[0].timings

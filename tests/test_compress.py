@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -19,12 +20,12 @@ from torch import nn
 
 import edgekit
 from conftest import TinyFiles, tiny_network
-from edgekit.errors import DataError, OutputError, SourceError
+from edgekit.errors import DataError, GraphError, OutputError, SourceError
 from edgekit.graph.annotations import annotated_values, get_params
 from edgekit.graph.io import load_annotated
 from edgekit.output import sha256
 from edgekit.records import Compressed, read_compressed
-from graphs import run
+from graphs import GraphBuilder, normal, run
 from networks import Net, samples
 
 Array = NDArray[Any]
@@ -103,7 +104,7 @@ def test_few_samples_are_shared_out(
 
 def test_a_function_that_yields_less_than_wished_is_counted(tiny: TinyFiles, tmp_path: Path) -> None:
     record = edgekit.compress(tiny.model, tmp_path, calibration=lambda: [images(7), images(4)]).record
-    assert (record.samples, record.held_back) == (11, 11)
+    assert (record.samples, record.held_back) == (10, 1)
 
 
 @pytest.mark.parametrize(
@@ -334,3 +335,33 @@ def test_the_calls_are_typed_and_stay_functions() -> None:
     assert typing.get_type_hints(typing.get_type_hints(edgekit.compress)["return"])["record"] is Compressed
     with pytest.raises(AttributeError, match=r"module 'edgekit' has no attribute 'comprss'"):
         edgekit.comprss  # noqa: B018
+
+
+def test_an_upgrade_that_changes_the_model_is_refused(tmp_path: Path) -> None:
+    """ONNX's converter gets Hardmax of opset 12 and older wrong: there it flattens, from 13 on it does not."""
+    build = GraphBuilder(opset=11)
+    onnx.save(build.proto(build.op("Hardmax", [build.input("x", ["N", 3, 4])], "hard", axis=1)), tmp_path / "hard.onnx")
+    with pytest.raises(GraphError, match=r"'hard' \(Hardmax\)"):
+        edgekit.compress(tmp_path / "hard.onnx", tmp_path / "out", calibration={"x": normal(9, 3, 4)})
+
+
+def test_a_pass_that_changes_the_model_is_refused(
+    tiny: TinyFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(model: ir.Model) -> ir.Model:
+        model = model.clone()
+        [relu, *_] = [node for node in model.graph if node.op_type == "Relu"]
+        relu.outputs[0].replace_all_uses_with(relu.inputs[0])
+        return model
+
+    monkeypatch.setattr("edgekit.pipelines.sources.pool_globally", broken)
+    with pytest.raises(GraphError, match="does not compute the same"):
+        edgekit.compress(tiny.model, tmp_path, calibration=images(16))
+
+
+def test_a_module_in_training_mode_is_left_as_it_was(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    edgekit.compress(module, tmp_path, calibration={"input": normal(40, 3, 8, 8)})
+    assert module.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())

@@ -227,10 +227,10 @@ def test_kld_of_four_bits_clips_more_than_of_eight() -> None:
 
 def test_a_misspelt_estimator_is_answered_with_its_name() -> None:
     with pytest.raises(
-        TargetError, match=r"unknown estimator 'kl'; did you mean 'kld'\? known estimators: minmax, perc"
+        TargetError, match=r"unknown calibrator 'kl'; did you mean 'kld'\? known calibrators: minmax, perc"
     ):
         get_estimator("kl")
-    with pytest.raises(TargetError, match="unknown estimator 'xyz'; known estimators"):
+    with pytest.raises(TargetError, match="unknown calibrator 'xyz'; known calibrators"):
         get_estimator("xyz")
 
 

@@ -18,11 +18,13 @@ from PIL import Image
 
 import edgekit
 from conftest import TinyFiles, tiny_network
+from edgekit.backend import Artifact
 from edgekit.data import Preprocess
 from edgekit.errors import BackendError, DataError, OutputError, TargetError
 from edgekit.output import sha256
 from edgekit.records import Manifest, read_manifests, read_record
 from edgekit.report import summary
+from edgekit.worker import Worker
 from graphs import GraphBuilder, normal, run
 from networks import Net, samples
 
@@ -44,7 +46,7 @@ def test_an_export_is_proven_and_described(exported_once: Path) -> None:
     assert manifest.model_sha256 == sha256(exported_once / "model.onnx")
     proof = manifest.proof
     assert proof.agrees is True
-    assert (proof.samples, proof.batch_sizes) == (12 + 4, (1, 5, 7))
+    assert (proof.samples, proof.batch_sizes) == (12, (1, 5, 7, 33))
     assert proof.ran_on.startswith("onnx ")
     assert manifest.kept_float == ()
     assert manifest.metric is not None
@@ -275,6 +277,45 @@ def test_a_pool_that_onnxruntime_fuses_wrongly_is_kept_float(tmp_path: Path, att
     # ONNX Runtime fuses even a float pool between DQ and Q, so its reader has to stay float too.
     assert set(result.manifest.kept_float) == {"pool", "second"}
     assert set(result.manifest.proof.float_layers) == {"second"}
+
+
+def test_a_fault_of_large_batches_is_found(tmp_path: Path) -> None:
+    """OpenVINO's mean over a signed int8 tensor of rank 3 is right up to a batch of 8, and wrong from 9 on."""
+    build = GraphBuilder(opset=21)
+    x = build.op(
+        "Conv", [build.input("x", ["N", 4, 40]), build.weight("w", 8, 4, 5)], "conv", kernel_shape=[5], pads=[2, 2]
+    )
+    mean = build.op("Flatten", [build.op("GlobalAveragePool", [x], "mean")], "flat")
+    y = build.op("Gemm", [mean, build.weight("v", 3, 8)], "head", transB=1)
+    onnx.save(build.proto(y), tmp_path / "signal.onnx")
+    data = normal(200, 4, 40)
+    edgekit.compress(tmp_path / "signal.onnx", tmp_path / "out", calibration={"x": data})
+    [result] = edgekit.export(tmp_path / "out", "x86-openvino")
+    assert result.manifest.proof.agrees is True
+    target = result.manifest.target_rules
+    files = tuple(result.folder / name for name in result.manifest.artifact_files)
+    with Worker(Artifact(files[0], files), target, exact=True) as worker:
+        ran = next(iter(worker.run({"x": data[:64]}).values()))
+    floats = run(tmp_path / "signal.onnx", {"x": data[:64]})[y]
+    assert 20 * np.log10(np.linalg.norm(floats) / np.linalg.norm(ran - floats)) > 25
+
+
+def test_a_target_that_fails_does_not_stop_the_others(
+    compressed: Path, plugin: Path, numpy_target: NumpyTarget
+) -> None:
+    failing = numpy_target(name="failing", on_run="refuse")
+    with pytest.raises(edgekit.errors.EdgekitError, match=r"\(exported: numpy\)$"):
+        edgekit.export(compressed, [failing, str(plugin / "numpy.toml")])
+    assert list(read_manifests(compressed)) == ["numpy"]
+
+
+def test_the_metric_of_export_takes_the_place_of_compress_s(compressed: Path, plugin: Path) -> None:
+    def one(run_model: Any) -> float:
+        return 1.0
+
+    [result] = edgekit.export(compressed, [str(plugin / "numpy.toml")], evaluate=one)
+    assert result.manifest.metric is not None
+    assert (result.manifest.metric.name, result.manifest.metric.value) == ("one", 1.0)
 
 
 def test_what_cannot_be_mended_is_exported_only_for_inspection(

@@ -12,23 +12,27 @@ from pathlib import Path
 from edgekit.backend import Artifact, get_backend
 from edgekit.errors import BackendError, GoalError, TargetError
 from edgekit.graph.io import save_onnx
+from edgekit.graph.run import Session
 from edgekit.measure import Candidate, Comparison, measure, samples_in
-from edgekit.output import write_text
+from edgekit.output import sha256, write_text
 from edgekit.pipelines.stored import Stored, open_stored, samples_of_size
 from edgekit.pipelines.targets import availability
 from edgekit.progress import Progress, silent
+from edgekit.proof import Arrays, compare
 from edgekit.records import BENCHMARKS, MODEL, Benchmark, Benchmarks, Manifest, PrecisionTiming, read_manifests
 from edgekit.report import write_report
-from edgekit.target import load_target
+from edgekit.target import Target, load_target
+from edgekit.worker import Worker
 
 BURSTS = 7
 BURST_SECONDS = 0.25
 INT8 = "int8"
+STALE = "exported from an earlier compression"
 
 
 def benchmark(
     out: str | Path,
-    targets: Sequence[str] = (),
+    targets: str | Sequence[str] = (),
     *,
     batch_size: int = 1,
     iterations: int | None = None,
@@ -50,7 +54,7 @@ def benchmark(
     """
     stored = open_stored(Path(out))
     records = []
-    for manifest in _chosen(stored, targets):
+    for manifest in _chosen(stored, [targets] if isinstance(targets, str) else targets):
         record = _benchmark_one(stored, manifest, batch_size=batch_size, iterations=iterations, on_progress=on_progress)
         records.append(record.model_copy(update={"graph_sha256": manifest.graph_sha256}))
     found = Benchmarks(machine=_machine(), batch_size=batch_size, targets=tuple(records))
@@ -67,7 +71,7 @@ def _chosen(stored: Stored, targets: Sequence[str]) -> list[Manifest]:
         raise TargetError(
             f"{stored.folder}: nothing is exported yet; run `edgekit export {stored.folder} --target ...` first"
         )
-    names = [load_target(name).name for name in targets] or list(manifests)
+    names = [name if name in manifests else load_target(name).name for name in targets] or list(manifests)
     for name in names:
         if name not in manifests:
             raise TargetError(
@@ -84,17 +88,19 @@ def _benchmark_one(
     available = availability(target)
     unmeasured = Benchmark(target=target.name, runtime=available.version)
     if manifest.model_sha256 != stored.record.model_sha256:
-        return unmeasured.model_copy(
-            update={"reason": "exported from an earlier compression", "remedy": "run `edgekit export` again"}
-        )
+        return unmeasured.model_copy(update={"reason": STALE, "remedy": "run `edgekit export` again"})
     if not available.can_run:
         return unmeasured.model_copy(update={"reason": available.reason, "remedy": available.remedy})
     feeds = samples_of_size(stored, batch_size)
     with tempfile.TemporaryDirectory(prefix="edgekit-") as temporary:
         try:
             candidates = _candidates(stored, manifest, Path(temporary))
+            wrong = _what_is_wrong(stored, candidates[-1].artifact, target, feeds)
         except BackendError as error:
             return unmeasured.model_copy(update={"reason": str(error)})
+        if wrong:
+            reason = f"WRONG at batch {samples_in(feeds)}, do not ship: {wrong}"
+            return unmeasured.model_copy(update={"reason": reason})
         comparison = measure(
             candidates,
             feeds,
@@ -104,6 +110,14 @@ def _benchmark_one(
             on_progress=lambda done, total: on_progress(f"{target.name}: benchmark", done, total),
         )
         return _record(target.name, available.version, samples_in(feeds), candidates, comparison)
+
+
+def _what_is_wrong(stored: Stored, artifact: Artifact, target: Target, feeds: Arrays) -> str:
+    """How the artifact's results at this batch size differ from the simulation's; a fast wrong answer is not worth timing."""
+    simulated = Session(stored.folder / target.name / MODEL, optimize=False).run(feeds)
+    floats = Session(stored.model, optimize=False).run(feeds)
+    with Worker(artifact, target, exact=True) as worker:
+        return compare([worker.run(feeds)], [simulated], [floats]).reason
 
 
 def _candidates(stored: Stored, manifest: Manifest, temporary: Path) -> list[Candidate]:
@@ -127,6 +141,12 @@ def _artifact(folder: Path, manifest: Manifest) -> Artifact:
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise BackendError(f"{missing[0]}: does not exist; run `edgekit export` again")
+    recorded = {file.name: file.sha256 for file in manifest.files}
+    changed = [file for file in files if sha256(file) != recorded.get(file.name)]
+    if changed:
+        raise BackendError(
+            f"{changed[0]}: is not the file that was verified when it was exported; run `edgekit export` again"
+        )
     return Artifact(folder / manifest.artifact, files)
 
 
@@ -166,9 +186,16 @@ def _record(
 def refuse_slower(found: Benchmarks) -> None:
     """Raise when an artifact is slower than float32 for certain: noise widens the interval, so it needs no rule of its own.
 
+    What was not timed proves nothing: at least one target has to be, and none may be stale or wrong.
+
     Raises:
         GoalError: naming the targets.
     """
+    untimed = [record for record in found.targets if record.reason]
+    unfit = [record for record in untimed if record.reason == STALE or record.reason.startswith("WRONG")]
+    if unfit or len(untimed) == len(found.targets):
+        listed = "; ".join(f"{record.target}: {record.why_not}" for record in unfit or untimed)
+        raise GoalError(f"not shown to be faster than float32, because it was not timed: {listed}")
     slow = [record for record in found.targets if record.speedup_high is not None and record.speedup_high < 1]
     if slow:
         listed = ", ".join(f"{record.target} ({record.speedup:.2f} x)" for record in slow)

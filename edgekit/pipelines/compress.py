@@ -85,6 +85,9 @@ def compress(
     check_folder(out, marker=COMPRESSED, what="an edgekit output folder")
     dataset = open_data(calibration, preprocess=preprocess)
 
+    if dataset.size == 0:
+        raise DataError(f"{dataset.name}: holds no samples; give at least one, better a few hundred")
+
     on_progress("load the source", 0, None)
     graph, origin = load_source(source, dataset, factory=model, trust=trust_checkpoint, opset=rules.graph.opset)
     data = dataset.bind(input_specs(graph))
@@ -94,7 +97,7 @@ def compress(
     graph = canonicalize(graph, first_batch(data, EXAMPLES), opset=rules.graph.opset)
 
     calibrating = _Counted(data, calibrating_samples(data, samples), on_progress)
-    verifying = held_back(data, calibrating.stop)
+    verifying, remark = held_back(data, calibrating.stop)
     graph = assign_specs(graph, rules)
     graph = calibrate(graph, rules, calibrating, estimator=calibrator)
     graph = unify_params(graph, rules)
@@ -115,7 +118,7 @@ def compress(
         simulated_metric=simulated_metric,
         layers=tuple(map(_layer, layers(graph))),
         stays_float=_stays_float(graph, rules),
-        notes=tuple(_notes(graph, rules, calibrating.done, origin)),
+        notes=(*_notes(graph, rules, calibrating.done, origin), *filter(None, [remark])),
     )
     return _write(out, graph, verifying, record)
 
@@ -194,5 +197,7 @@ def _stays_float(graph: ir.Model, rules: Target) -> dict[str, int]:
 def _notes(graph: ir.Model, rules: Target, split: int, origin: Source) -> Iterator[str]:
     if not annotated_values(graph.graph):
         yield f"nothing is quantized: {origin.name} has no operator that target {rules.name!r} quantizes ({', '.join(LINEAR)})"
-    if split < FEW_SAMPLES:
+    if not split and annotated_values(graph.graph):
+        yield "every tensor came with its grid: no range was chosen, and the calibration data only serves to verify exports"
+    elif split < FEW_SAMPLES:
         yield f"calibrated on {split} samples only; a few hundred give ranges that hold"

@@ -46,6 +46,8 @@ def load_source(
     """
     path = Path(source) if isinstance(source, str | Path) else None
     if path is not None and path.suffix.lower() == ".onnx":
+        if factory is not None:
+            raise SourceError(f"{path}: an ONNX file holds its model; --model is for checkpoints: leave it out")
         return load_onnx(path), Source(name=path.name, kind="onnx", sha256=sha256(path))
     # Torch takes seconds to import, and an ONNX file does not need it.
     from edgekit.training.check_export import check_export

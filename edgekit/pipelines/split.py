@@ -35,16 +35,23 @@ def first_batch(data: BoundData, count: int) -> Arrays:
 def calibrating_samples(data: BoundData, wished: int) -> int:
     """How many samples calibrate: as many as wished, or where there is too little, all but an eighth; in whole batches."""
     count, unit = wished, _at_a_time(data)
-    if data.size is not None and data.size < wished + HELD_BACK_SAMPLES:
-        count = min(wished, data.size - max(unit, min(HELD_BACK_SAMPLES, data.size // 8)))
+    size = data.size
+    if size is None:  # a function: it is read once to know
+        size = sum(len(batch) for batch in data.batches(BATCH_SIZE, 0, wished + HELD_BACK_SAMPLES))
+    if size < wished + HELD_BACK_SAMPLES:
+        count = min(wished, size - max(unit, min(HELD_BACK_SAMPLES, size // 8)))
     return max(unit, count - count % unit)
 
 
-def held_back(data: BoundData, calibrating: int) -> Arrays:
-    """Samples that calibration does not see, as arrays that `open_data` reads back; its own ones when there are no more."""
+def held_back(data: BoundData, calibrating: int) -> tuple[Arrays, str]:
+    """Samples that calibration does not see, as arrays that `open_data` reads back; and a note where there is something to say.
+
+    There are only calibration's own where nothing is left, and only those that have one shape fit into arrays.
+    """
     unit = _at_a_time(data)
     count = -(-HELD_BACK_SAMPLES // unit) * unit
     batches = list(data.batches(BATCH_SIZE, calibrating, calibrating + count))
+    note = "" if batches else "no samples were left to verify exports with: they are verified on those that calibrated"
     batches = batches or list(data.batches(BATCH_SIZE, 0, count))
     first = batches[0]
     skipped = 0 if first.single else 1
@@ -55,7 +62,9 @@ def held_back(data: BoundData, calibrating: int) -> Arrays:
     labels = [batch.labels for batch in fitting if batch.labels is not None]
     if len(labels) == len(fitting) and LABELS not in arrays:
         arrays[LABELS] = np.concatenate(labels)
-    return arrays
+    if len(fitting) < len(batches):
+        note = f"{len(batches) - len(fitting)} of {len(batches)} batches of held-back samples have another shape and are left out"
+    return arrays, note
 
 
 def save_arrays(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:

@@ -157,7 +157,7 @@ def regrid(params: QuantParams, spec: QuantSpec) -> QuantParams:
         raise GraphError(
             f"found a grid of {_describe(params)} that must not be moved, because "
             f"{'it was trained or came with the source' if params.fixed else 'its float range is not known'}; expected "
-            f"{_describe_spec(spec)}, which cannot hold the same points: compress again with the --target to export for"
+            f"{_describe_spec(spec)}, which cannot hold the same points: compress the float model again with the --target to export for"
         )
     return replace(params, dtype=spec.dtype, zero_point=zero_point)
 

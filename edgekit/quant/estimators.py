@@ -128,7 +128,7 @@ def get_estimator(name: str) -> Estimator:
     if name not in ESTIMATORS:
         near = difflib.get_close_matches(name, ESTIMATORS, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise TargetError(f"unknown estimator {name!r}; {hint}known estimators: {', '.join(ESTIMATORS)}")
+        raise TargetError(f"unknown calibrator {name!r}; {hint}known calibrators: {', '.join(ESTIMATORS)}")
     return ESTIMATORS[name]
 
 

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from edgekit.errors import SourceError
 from edgekit.graph.run import Session
+from edgekit.training.checkpoint import evaluating
 
 TOLERANCE = 1e-3
 """Of the largest magnitude of an output: float sums in another order differ less, a wrong operator more."""
@@ -31,7 +32,7 @@ def check_export(module: nn.Module, model: ir.Model, inputs: tuple[Array, ...] |
     feeds = dict(inputs) if isinstance(inputs, Mapping) else dict(zip(names, inputs, strict=False))
     args = () if isinstance(inputs, Mapping) else tuple(torch.from_numpy(a.copy()) for a in inputs)
     kwargs = {name: torch.from_numpy(a.copy()) for name, a in inputs.items()} if isinstance(inputs, Mapping) else {}
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(module):
         result = module(*args, **kwargs)
     expected = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
     ran = Session(model, optimize=False).run({name: feeds[name] for name in names})

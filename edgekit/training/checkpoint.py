@@ -68,6 +68,19 @@ def load_checkpoint(path: Path, *, factory: Callable[[], object] | None, trust: 
 
 
 @contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """A module in eval mode for a while: in training mode a forward pass would change its BatchNorms."""
+    was_training = [child for child in module.modules() if child.training]
+    for child in was_training:
+        child.training = False
+    try:
+        yield
+    finally:
+        for child in was_training:
+            child.training = True
+
+
+@contextmanager
 def quiet() -> Iterator[None]:
     """Keep torch's warnings, log lines and prints to itself."""
     level = logging.root.manager.disable

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from edgekit.errors import SourceError
-from edgekit.training.checkpoint import quiet, users_error
+from edgekit.training.checkpoint import evaluating, quiet, users_error
 from edgekit.training.pickles import first_line
 
 Array = NDArray[np.generic]
@@ -49,14 +49,8 @@ def export_onnx(
     """
     args, kwargs = _as_tensors(example_inputs)
     _check_signature(module, args, kwargs)
-    was_training = [child for child in module.modules() if child.training]
-    for child in was_training:
-        child.training = False
-    try:
+    with evaluating(module):
         program = _trace(module, args, kwargs)
-    finally:
-        for child in was_training:
-            child.training = True
     model = _translate(program, module, args, kwargs, opset)
     _name_initializers(model)
     _name_nodes(model)
