@@ -616,3 +616,10 @@ def test_reading_data_imports_no_runtime() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)
     assert out.stdout.strip() == "[]"
+
+
+def test_class_folders_named_by_number_are_sorted_by_number(tmp_path: Path) -> None:
+    for number in range(12):
+        (tmp_path / str(number)).mkdir()
+        PIL.Image.new("L", (4, 4), number).save(tmp_path / str(number) / "x.png")
+    assert open_data(tmp_path).class_names == tuple(map(str, range(12)))

@@ -279,6 +279,32 @@ def test_a_pool_that_onnxruntime_fuses_wrongly_is_kept_float(tmp_path: Path, att
     assert set(result.manifest.proof.float_layers) == {"second"}
 
 
+def test_scores_beside_boxes_keep_a_grid_of_their_own(tmp_path: Path) -> None:
+    build = GraphBuilder(opset=21)
+    x = build.conv(build.input("x", ["N", 3, 8, 8]), "features", 3, 8)
+    box = build.op("Sigmoid", [build.conv(x, "box", 8, 4)], "box_sigmoid")
+    pixels = build.op("Mul", [box, build.constant("stride", np.float32(640))], "pixels")
+    score = build.op("Sigmoid", [build.conv(x, "score", 8, 1)], "score_sigmoid")
+    y = build.op("Concat", [pixels, score], "head", axis=1)
+    onnx.save(build.proto(y), tmp_path / "detector.onnx")
+    data = normal(120, 3, 8, 8)
+    edgekit.compress(tmp_path / "detector.onnx", tmp_path / "out", calibration={"x": data})
+    floats = run(tmp_path / "detector.onnx", {"x": data[:32]})[y][:, 4]
+    for name in ("x86-onnxruntime", "x86-openvino"):
+        [result] = edgekit.export(tmp_path / "out", name)
+        assert result.manifest.notes == ()
+        scores = run(result.folder / "model.onnx", {"x": data[:32]})[y][:, 4]
+        assert 20 * np.log10(np.linalg.norm(floats) / np.linalg.norm(scores - floats)) > 25
+
+
+def test_an_operator_that_onnx_does_not_have_is_a_mistake(compressed: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(
+        'name = "mine"\nextends = "x86-onnxruntime"\nsummary = ""\n[quantization]\nquantize = ["Convv"]\n'
+    )
+    with pytest.raises(TargetError, match="ONNX has no operator 'Convv'; did you mean 'Conv'"):
+        edgekit.export(compressed, str(tmp_path / "mine.toml"))
+
+
 def test_a_fault_of_large_batches_is_found(tmp_path: Path) -> None:
     """OpenVINO's mean over a signed int8 tensor of rank 3 is right up to a batch of 8, and wrong from 9 on."""
     build = GraphBuilder(opset=21)

@@ -137,7 +137,8 @@ def normalize(pixels: NDArray[np.uint8], preprocess: Preprocess) -> NDArray[np.f
 
 
 def open_images(path: Path) -> ImageFiles:
-    """The images of a folder, searched in depth, or of a zip. Folders of images are classes, in alphabetical order.
+    """The images of a folder, searched in depth, or of a zip. Folders of images are classes, in alphabetical order, or
+    by number where all names are numbers.
 
     Raises:
         DataError: when it cannot be read, holds no images, or mixes class folders with loose images.
@@ -150,7 +151,8 @@ def open_images(path: Path) -> ImageFiles:
         found = ", ".join(f"{count} with {ending}" for ending, count in endings.most_common(3)) or "no files at all"
         raise DataError(f"{path}: holds no images ({found}); expected files with {', '.join(FORMATS)}")
     classes = _classes(names, path)
-    class_names = tuple(sorted(set(classes)))
+    numbers = all(name.isdecimal() for name in classes)
+    class_names = tuple(sorted(set(classes), key=int if numbers else None))
     number = {name: label for label, name in enumerate(class_names)}
     labels = np.asarray([number[name] for name in classes], np.int64) if classes else None
     return ImageFiles(str(path), tuple(names), labels, class_names, len(visible) - len(names), read)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+
+import onnx
 import onnx_ir as ir
 
+from edgekit.errors import TargetError
 from edgekit.graph.operators import LINEAR, Roles, dims, is_constant, is_float, roles
 from edgekit.target import Target
 
@@ -32,6 +36,22 @@ def quantized_nodes(
         elif node.inputs and node.inputs[0] in carries and passes_on(node, target):
             carries.update(node.outputs)
     return chosen
+
+
+def check_operators(target: Target) -> None:
+    """Refuse names of operators that ONNX does not have: a misspelt one would silently leave its operator in float.
+
+    Raises:
+        TargetError: with the nearest name.
+    """
+    rules = target.quantization
+    named = {*rules.quantize, *rules.pass_through, *rules.absorb, *rules.unify}
+    unknown = sorted(name for name in named if not onnx.defs.has(name))
+    if unknown:
+        known = {schema.name for schema in onnx.defs.get_all_schemas() if schema.domain == ""}
+        near = difflib.get_close_matches(unknown[0], sorted(known), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "see ONNX's list of operators"
+        raise TargetError(f"target {target.name!r}: ONNX has no operator {unknown[0]!r}; {hint}")
 
 
 def passes_on(node: ir.Node, target: Target) -> bool:

@@ -50,7 +50,7 @@ def place(model: ir.Model, target: Target, *, keep_float: frozenset[str] = froze
     float readers: these read floats where floats are made.
     """
     chosen = quantized_nodes(model, target, keep_float=keep_float)
-    placement = Placement({node: parts for node, parts in chosen.items() if _has_grids(node, parts)})
+    placement = Placement({node: parts for node, parts in chosen.items() if _has_grids(node, parts, target)})
     for node, parts in placement.quantized.items():
         placement.reads.update((node, index) for index in _read_activations(node, parts, placement, target))
     always = target.quantization.output_q == "always"
@@ -66,9 +66,14 @@ def place(model: ir.Model, target: Target, *, keep_float: frozenset[str] = froze
     return placement
 
 
-def _has_grids(node: ir.Node, parts: Roles) -> bool:
+def _has_grids(node: ir.Node, parts: Roles, target: Target) -> bool:
+    """Whether all that a node reads as codes has a grid and, where its kind unifies them, it is the same one as its output's."""
     indices = parts.activations if parts.weight is None else (*parts.activations, parts.weight)
-    return all(get_params(node.inputs[i]) is not None for i in indices)
+    grids = [get_params(node.inputs[i]) for i in indices]
+    if node.op_type in target.quantization.unify:
+        grids += [get_params(output) for output in node.outputs]
+        return all(grid is not None and grids[0] is not None and same_grid(grid, grids[0]) for grid in grids)
+    return all(grid is not None for grid in grids)
 
 
 def _read_activations(node: ir.Node, parts: Roles, placement: Placement, target: Target) -> tuple[int, ...]:

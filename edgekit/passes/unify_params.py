@@ -11,9 +11,14 @@ from edgekit.quant.affine import choose_params
 from edgekit.quant.spec import QuantParams, same_grid
 from edgekit.target import Target
 
+MOST_UNLIKE = 16.0
+"""How many times larger than the smallest range the largest may be on one grid: the smallest keeps a sixteenth of its codes."""
+
 
 def unify_params(model: ir.Model, target: Target) -> ir.Model:
     """Inputs and outputs of a Concat, and both sides of pass-through operators, get the union of their ranges.
+
+    A Concat of ranges that differ more than `MOST_UNLIKE` times is left alone: boxes in pixels beside scores would wipe out the scores.
 
     Values that are wished quantized but were not observed (the output of a pass-through operator holds no new numbers) take the
     grid of their group. A grid that was trained is never moved: where one is in a group, the others join it.
@@ -22,7 +27,8 @@ def unify_params(model: ir.Model, target: Target) -> ir.Model:
         GraphError: two trained grids that differ would have to be one.
     """
     model = model.clone()
-    for group in _groups(model, target):
+    apart = {node for node in model.graph if node.op_type in target.quantization.unify and _keeps_apart(node)}
+    for group in _groups(model, target, apart):
         known = [params for value in group if (params := get_params(value)) is not None]
         if not known:
             continue
@@ -34,7 +40,22 @@ def unify_params(model: ir.Model, target: Target) -> ir.Model:
     return model
 
 
-def _groups(model: ir.Model, target: Target) -> list[list[ir.Value]]:
+def _keeps_apart(node: ir.Node) -> bool:
+    """Whether the ranges of what a node joins differ so much that on one grid nothing would be left of the smallest.
+
+    Its output then gets the union of the ranges all the same, for readers of codes; the node itself stays float.
+    """
+    known = [params for value in node.inputs if (params := get_params(value)) is not None]
+    extents = [extent for params in known if (extent := max(-params.low, params.high)) > 0 and not params.fixed]
+    wish = get_wish(node.outputs[0])
+    if len(extents) < 2 or max(extents) <= MOST_UNLIKE * min(extents) or wish is None:
+        return False
+    low, high = min(params.low for params in known), max(params.high for params in known)
+    set_params(node.outputs[0], choose_params(low, high, wish[0], observer="union"))
+    return True
+
+
+def _groups(model: ir.Model, target: Target, apart: set[ir.Node]) -> list[list[ir.Value]]:
     """The sets of values that are tied to each other, directly or in a chain, each in graph order."""
     leader: dict[ir.Value, ir.Value] = {}
 
@@ -45,6 +66,8 @@ def _groups(model: ir.Model, target: Target) -> list[list[ir.Value]]:
         return value
 
     for node in model.graph:
+        if node in apart:
+            continue
         tied = [
             value for value in shares_grid(node, target) if get_params(value) is not None or get_wish(value) is not None
         ]

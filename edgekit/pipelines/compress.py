@@ -18,7 +18,7 @@ from edgekit.errors import DataError
 from edgekit.graph.annotations import annotated_values
 from edgekit.graph.io import save_annotated
 from edgekit.graph.operators import LINEAR, Layer, layers
-from edgekit.graph.rules import quantized_nodes
+from edgekit.graph.rules import check_operators, quantized_nodes
 from edgekit.graph.run import Session
 from edgekit.lowering.simulation import insert_qdq
 from edgekit.metric import Evaluate, Runner, open_metric
@@ -79,6 +79,7 @@ def compress(
         EdgekitError: see `edgekit.errors`; `out` is then as it was.
     """
     out, rules = Path(out), load_target(target)
+    check_operators(rules)
     get_estimator(calibrator)
     if samples < 1:
         raise DataError(f"samples is {samples}; at least one is needed, a few hundred make good ranges")

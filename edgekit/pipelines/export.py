@@ -15,9 +15,9 @@ import onnx_ir as ir
 import edgekit
 from edgekit.backend import Artifact, Availability, Backend, KernelRecord, get_backend
 from edgekit.errors import BackendError, EdgekitError, GoalError, GraphError, OutputError, TargetError
-from edgekit.graph.io import save_onnx
+from edgekit.graph.io import load_onnx, save_onnx
 from edgekit.graph.operators import layers
-from edgekit.graph.rules import quantized_nodes
+from edgekit.graph.rules import check_operators, quantized_nodes
 from edgekit.graph.run import Session
 from edgekit.lowering.integer import lower_integer
 from edgekit.lowering.qoperator import lower_qoperator
@@ -105,6 +105,7 @@ def export(
         raise TargetError("no target is named; give at least one with --target (`edgekit targets` lists them)")
     rules = [load_target(name) for name in ([targets] if isinstance(targets, str) else targets)]
     for target in rules:
+        check_operators(target)
         _check_target(target, format)
         if sum(other.name == target.name for other in rules) > 1:
             raise TargetError(
@@ -314,6 +315,11 @@ def _measure_metric(job: _Job, artifact: Artifact, metric: Evaluate | None) -> t
 
 def _notes(job: _Job, candidate: _Candidate, kept: tuple[str, ...]) -> list[str]:
     notes, proof, runtime = list(candidate.notes), candidate.proof, job.available.version
+    opset = load_onnx(job.folder / MODEL).opset_imports.get("", 0)
+    if opset > job.target.graph.opset:
+        notes.append(
+            f"the graph has opset {opset}, the target file asks for {job.target.graph.opset}: compress with --target for that"
+        )
     if not job.available.can_run:
         notes.append(missing(job.available))
     if kept:
