@@ -9,7 +9,7 @@ import pytest
 
 import edgekit
 from edgekit.errors import GoalError, TargetError
-from edgekit.pipelines.benchmark import refuse_slower
+from edgekit.pipelines.benchmark import STALE, refuse_slower
 from edgekit.records import Benchmark, Benchmarks, PrecisionTiming, read_record
 from edgekit.report import summary
 
@@ -152,3 +152,35 @@ def test_only_what_is_slower_for_certain_fails(high: float | None, noisy: bool, 
     with pytest.raises(GoalError, match=r"slower than float32: t \(0\.75 x\)"):
         refuse_slower(found)
     return None
+
+
+def test_an_artifact_that_is_wrong_at_the_batch_size_is_not_timed(compressed: Path, numpy_target: NumpyTarget) -> None:
+    edgekit.export(compressed, numpy_target(wrong_always="head"), allow_wrong=True)
+    [record] = edgekit.benchmark(compressed, iterations=1, batch_size=3).targets
+    assert record.reason.startswith("WRONG at batch 3, do not ship: output ")
+    assert record.timings == ()
+    assert [row.state for row in summary(compressed)] == ["WRONG, do not ship"]
+
+
+def test_an_artifact_that_was_changed_since_is_not_timed(exported: Path, plugin: Path) -> None:
+    artifact = exported / "numpy" / "model.int8.onnx"
+    artifact.write_bytes(artifact.read_bytes() + b"\0")
+    [record] = edgekit.benchmark(exported, iterations=1).targets
+    assert "model.int8.onnx: is not the file that was verified" in record.reason
+    assert record.timings == ()
+
+
+TIMED = Benchmark(target="timed", speedup=2.0, speedup_low=1.9, speedup_high=2.1)
+ABSENT = Benchmark(target="absent", reason="no such device", remedy="find one")
+STALE_EXPORT = Benchmark(target="stale", reason=STALE, remedy="export again")
+WRONG_EXPORT = Benchmark(target="wrong", reason="WRONG at batch 9, do not ship: output 'y'")
+
+
+@pytest.mark.parametrize("records", [(ABSENT,), (TIMED, STALE_EXPORT), (TIMED, WRONG_EXPORT)])
+def test_the_gate_does_not_pass_what_was_not_timed(records: tuple[Benchmark, ...]) -> None:
+    with pytest.raises(GoalError, match=f"because it was not timed: {records[-1].target}: "):
+        refuse_slower(Benchmarks(machine="", batch_size=1, targets=records))
+
+
+def test_the_gate_passes_where_only_another_device_is_missing() -> None:
+    refuse_slower(Benchmarks(machine="", batch_size=1, targets=(TIMED, ABSENT)))

@@ -120,7 +120,10 @@ def test_branches_that_pass_an_outer_tensor_on_are_left_alone() -> None:
     then = helper.make_graph([helper.make_node("Identity", [y], ["t"])], "then", [], info[:1])
     otherwise = helper.make_graph([helper.make_node("Add", [x, w], ["e"])], "else", [], info[1:])
     condition = b.op("Greater", [b.op("ReduceSum", [x], keepdims=0), b.constant("zero", np.float32(0))])
-    simplified(b.proto(b.op("If", [condition], then_branch=then, else_branch=otherwise)))
+    model = simplified(b.proto(b.op("If", [condition], then_branch=then, else_branch=otherwise)))
+    [branching] = [node for node in model.graph if node.op_type == "If"]
+    kinds = {name: [node.op_type for node in branching.attributes[name].as_graph()] for name in branching.attributes}
+    assert kinds == {"then_branch": ["Identity"], "else_branch": ["Add"]}
 
 
 def test_big_constants_are_not_unrolled() -> None:
