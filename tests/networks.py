@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgekit.backend import Backend, CompiledModel
-from edgekit.calibration import calibrate
+from edgekit.calibration.calibrate import calibrate
 from edgekit.data import Batch
 from edgekit.graph.annotations import annotated_values, get_params, set_params
 from edgekit.graph.io import save_onnx

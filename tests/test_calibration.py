@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from edgekit.calibration import calibrate
+from edgekit.calibration.calibrate import calibrate
 from edgekit.data import Batch
 from edgekit.errors import DataError, TargetError
 from edgekit.graph.annotations import all_values, get_params, get_wish, set_params

@@ -12,7 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 import edgekit
-from edgekit.calibration import calibrate
+from edgekit.calibration.calibrate import calibrate
 from edgekit.data import Batch, BoundData, Preprocess, open_data
 from edgekit.errors import DataError
 from edgekit.graph.annotations import annotated_values

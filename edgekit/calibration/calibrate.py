@@ -11,17 +11,15 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
+from edgekit.calibration.observe import observe
 from edgekit.data import Batch
 from edgekit.errors import DataError
 from edgekit.graph.annotations import all_values, get_params, get_wish, set_params
 from edgekit.graph.operators import is_constant
 from edgekit.graph.rules import shares_grid
-from edgekit.graph.run import Session, with_outputs
 from edgekit.quant.affine import choose_params, weight_params
 from edgekit.quant.estimators import get_estimator
-from edgekit.quant.observers import HistogramObserver
 from edgekit.target import Target
 
 
@@ -50,7 +48,7 @@ def calibrate(
     choose = get_estimator(estimator)
     model = model.clone()
     _calibrate_weights(model.graph)
-    observed = _observe(model, _to_observe(model, target), batches, threads=threads, on_batch=on_batch)
+    observed = observe(model, _to_observe(model, target), batches, threads=threads, on_batch=on_batch)
     for value, observer in observed.items():
         wish = get_wish(value)
         assert wish is not None
@@ -85,42 +83,3 @@ def _only_moves(node: ir.Node, target: Target) -> bool:
     tied = shares_grid(node, target)
     sources = node.inputs if node.op_type in target.quantization.unify else node.inputs[:1]
     return bool(tied) and all(value in tied for value in sources)
-
-
-def _observe(
-    model: ir.Model,
-    values: list[ir.Value],
-    batches: Iterable[Batch],
-    *,
-    threads: int,
-    on_batch: Callable[[int], None] | None,
-) -> dict[ir.Value, HistogramObserver]:
-    if not values:
-        return {}
-    observers = {value: HistogramObserver() for value in values}
-    inputs = {value.name: value for value in values if value.is_graph_input()}
-    computed = [value for value in values if not value.is_graph_input()]
-    session = Session(with_outputs(model, {value.name or "" for value in computed}), optimize=True, threads=threads)
-    seen = 0
-    for batch in batches:
-        for name, value in inputs.items():
-            _update(observers[value], batch.feeds[name or ""], value)
-        if computed:
-            arrays = session.run(batch.feeds, outputs=[value.name or "" for value in computed])
-            for value in computed:
-                _update(observers[value], arrays[value.name or ""], value)
-        seen += len(batch)
-        if on_batch is not None:
-            on_batch(len(batch))
-    if not seen:
-        raise DataError("the calibration data holds no samples; give at least one (a few hundred make good ranges)")
-    return observers
-
-
-def _update(observer: HistogramObserver, array: NDArray[np.generic], value: ir.Value) -> None:
-    try:
-        observer.update(array)
-    except DataError as error:
-        raise DataError(
-            f"tensor {value.name!r} becomes NaN or Inf during calibration ({error}); check the checkpoint and the preprocessing"
-        ) from error
