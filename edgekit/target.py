@@ -72,6 +72,7 @@ class Quantization(Table):
         quantize, pass_through: operator types; all others stay float.
         pass_through_q: "around" puts Q/DQ before and behind an operator that passes codes through, "before" only before
             it. What is read behind it has the same grid either way.
+        attention: whether the two products of attention (queries by keys, probabilities by values) are quantized.
         integer_pad: where Pad runs on codes, padding with the zero point: "always", "never" (in float), or where that is
             "zero".
     """
@@ -87,6 +88,7 @@ class Quantization(Table):
     quantize: tuple[str, ...] = ()
     pass_through: tuple[str, ...] = ()
     pass_through_q: Literal["around", "before"] = "around"
+    attention: Literal["quantize", "float"] = "float"
     integer_pad: Literal["always", "zero", "never"] = "never"
 
     @model_validator(mode="after")

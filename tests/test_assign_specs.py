@@ -105,10 +105,38 @@ def test_an_add_of_a_mask_or_a_position_code_is_not_an_activation() -> None:
     masked = b.op("Softmax", [b.op("Add", [scores, mask], "masked")], "softmax", axis=-1)
     context = b.op("MatMul", [masked, x], "context")
     out = b.op("Add", [context, b.weight("positions", 6, 8)], "positioned")
-    model = simplify(b.model(b.op("Add", [out, x], "residual")))
-    found = activations(model)
-    assert found == {"x", "t_y", "scores_y", "softmax_y", "context_y"}
-    assert [node.name for node in quantized_nodes(model, PORTABLE)] == ["scores", "context"]
+    head = b.op("MatMul", [b.op("Add", [out, x], "residual"), b.weight("w", 8, 2)], "head")
+    model = simplify(b.model(head))
+    assert activations(model) == {"residual_y", "head_y"}
+    assert [node.name for node in quantized_nodes(model, PORTABLE)] == ["head"]
+    rules = PORTABLE.quantization.model_copy(update={"attention": "quantize"})
+    everywhere = PORTABLE.model_copy(update={"quantization": rules})
+    assert activations(model, everywhere) == {"x", "t_y", "scores_y", "softmax_y", "context_y", "residual_y", "head_y"}
+    assert [node.name for node in quantized_nodes(model, everywhere)] == ["scores", "context", "head"]
+
+
+def test_the_residual_stream_between_matrix_products_stays_float() -> None:
+    b = GraphBuilder()
+    x = b.input("x", ["N", 6, 8])
+    hidden = b.op("Add", [b.op("MatMul", [x, b.weight("w", 8, 8)], "fc"), b.weight("bias", 8)], "fc.bias")
+    stream = b.op("Add", [hidden, b.op("MatMul", [hidden, b.weight("v", 8, 8)], "fc2")], "residual")
+    model = simplify(b.model(b.op("MatMul", [stream, b.weight("u", 8, 2)], "head")))
+    assert [node.name for node in quantized_nodes(model, PORTABLE)] == ["fc", "fc2", "head"]
+
+
+def test_what_no_layer_follows_is_post_processing() -> None:
+    b = GraphBuilder()
+    boxes = b.conv(b.input("x", ["N", 3, 8, 8]), "boxes", 3, 4)
+    scores = b.op("Sigmoid", [b.conv("x", "scores", 3, 4)], "sigmoid")
+    model = simplify(b.model(b.op("Concat", [b.op("Add", [boxes, boxes], "decode"), scores], "joined", axis=1)))
+    assert [node.name for node in quantized_nodes(model, PORTABLE)] == ["boxes", "scores"]
+
+
+def test_a_convolution_that_weighs_probabilities_stays_float() -> None:
+    b = GraphBuilder()
+    logits = b.conv(b.input("x", ["N", 3, 8, 8]), "logits", 3, 4)
+    model = simplify(b.model(b.conv(b.op("Softmax", [logits], "softmax", axis=1), "expectation", 4, 1)))
+    assert [node.name for node in quantized_nodes(model, PORTABLE)] == ["logits"]
 
 
 def test_an_add_of_unknown_shapes_may_be_a_mask_and_stays_float() -> None:

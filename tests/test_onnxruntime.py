@@ -109,8 +109,8 @@ def test_a_transposed_convolution_reads_stored_floats(name: str, tmp_path: Path)
 def test_matmuls_that_share_an_input_run_on_codes(name: str, tmp_path: Path) -> None:
     found = by_layer(kernels_of(lower(token_net(), name), tmp_path, target=load_target(name)))
     integer = ("MatMulIntegerToFloat", "QLinearMatMul")
-    assert all(found[layer] in integer for layer in ("query", "key", "value", "scores", "context", "out", "head"))
-    assert (found["norm"], found["softmax"]) == ("LayerNormalization", "Softmax")
+    assert all(found[layer] in integer for layer in ("query", "key", "value", "out", "head"))
+    assert not any(found[layer] in integer for layer in ("scores", "context", "norm", "softmax") if layer in found)
 
 
 @pytest.mark.parametrize("name", NAMES)

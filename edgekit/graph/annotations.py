@@ -7,6 +7,7 @@ the file boundary only: passes may rename values freely, and no scale is lost wh
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 
@@ -15,6 +16,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgekit.errors import GraphError
+from edgekit.quant.affine import CODE_DTYPES
 from edgekit.quant.spec import INTEGER_RANGES, QuantParams, QuantSpec
 
 _PARAMS = "edgekit.params"
@@ -24,6 +26,7 @@ METADATA = "edgekit.quant"
 
 _STANDARD = "quant_parameter_tensor_names"  # onnx_ir's own key for GraphProto.quantization_annotation
 _KEYS = ("SCALE_TENSOR", "ZERO_POINT_TENSOR")
+_CODES, _SHIFT = "CODES_TENSOR", "SHIFT_TENSOR"  # the standard leaves keys open
 
 DTYPES = {name: ir.DataType[name.upper()] for name in INTEGER_RANGES}
 """The ONNX type of each quantized type."""
@@ -101,7 +104,12 @@ def detach(model: ir.Model) -> ir.Model:
             continue
         scale = _register(graph, f"{value.name}_scale", params.scale, ir.DataType.FLOAT, taken)
         zero_point = _register(graph, f"{value.name}_zero_point", params.zero_point, DTYPES[params.dtype], taken)
-        value.meta[_STANDARD] = dict(zip(_KEYS, (scale, zero_point), strict=True))
+        names = dict(zip(_KEYS, (scale, zero_point), strict=True))
+        if params.codes is not None:
+            names[_CODES] = _register(graph, f"{value.name}_codes", params.codes, DTYPES[params.dtype], taken)
+        if params.shift is not None:
+            names[_SHIFT] = _register(graph, f"{value.name}_shift", params.shift, ir.DataType.FLOAT, taken)
+        value.meta[_STANDARD] = names
         value.metadata_props[METADATA] = describe(params)
         set_params(value, None)
     return model
@@ -141,6 +149,8 @@ def describe(params: QuantParams) -> str:
         record["range"] = [float(params.low), float(params.high)]
     if params.fixed:
         record["fixed"] = True
+    if params.block_size:
+        record["block_size"] = params.block_size
     return json.dumps(record)
 
 
@@ -160,26 +170,40 @@ def described(
         low=low,
         high=high,
         fixed=extra.get("fixed", not extra),
+        block_size=extra.get("block_size", 0),
     )
 
 
 def _read(graph: ir.Graph, value: ir.Value, names: dict[str, str], description: str) -> QuantParams:
-    tensors = []
-    for key in _KEYS:
-        initializer = graph.initializers.get(names.get(key, ""))
-        if initializer is None or initializer.const_value is None:
-            raise GraphError(
-                f"tensor {value.name!r}: its quantization annotation names {key} {names.get(key)!r}, which is not in the "
-                "file; a tool that edited the file has dropped it: compress the model again"
-            )
-        tensors.append(initializer.const_value)
-    scale, zero_point = tensors[0].numpy(), tensors[1].numpy()
-    dtype = tensors[1].dtype.name.lower()
-    whole = scale.ndim <= 1 and scale.shape == zero_point.shape and bool((np.isfinite(scale) & (scale > 0)).all())
-    if dtype not in INTEGER_RANGES or not whole:
+    tensors = {key: _named_tensor(graph, value, key, name) for key, name in names.items()}
+    missing = [key for key in _KEYS if key not in tensors]
+    if missing:
+        raise GraphError(
+            f"tensor {value.name!r}: its quantization annotation has no {missing[0]}: compress the model again"
+        )
+    scale, zero_point = (tensors[key].numpy() for key in _KEYS)
+    dtype = tensors[_KEYS[1]].dtype.name.lower()
+    whole = scale.shape == zero_point.shape and bool((np.isfinite(scale) & (scale > 0)).all())
+    if dtype not in INTEGER_RANGES or not whole or (scale.ndim > 1 and "block_size" not in description):
         raise GraphError(
             f"tensor {value.name!r}: its quantization annotation is no grid (scale {scale.dtype} of shape {scale.shape}, zero "
             f"point {dtype} of shape {zero_point.shape}); expected positive scales, one or one a channel, and a zero point "
             f"for each, of {', '.join(INTEGER_RANGES)}: compress the model again"
         )
-    return described(description, dtype=dtype, scale=scale, zero_point=zero_point, axis=0 if scale.ndim else None)
+    params = described(description, dtype=dtype, scale=scale, zero_point=zero_point, axis=0 if scale.ndim else None)
+    codes, shift = tensors.get(_CODES), tensors.get(_SHIFT)
+    return dataclasses.replace(
+        params,
+        codes=None if codes is None else codes.numpy().astype(CODE_DTYPES[params.dtype]),
+        shift=None if shift is None else np.asarray(shift.numpy(), np.float32),
+    )
+
+
+def _named_tensor(graph: ir.Graph, value: ir.Value, key: str, name: str) -> ir.TensorProtocol:
+    initializer = graph.initializers.get(name)
+    if initializer is None or initializer.const_value is None:
+        raise GraphError(
+            f"tensor {value.name!r}: its quantization annotation names {key} {name!r}, which is not in the "
+            "file; a tool that edited the file has dropped it: compress the model again"
+        )
+    return initializer.const_value

@@ -64,6 +64,27 @@ def roles(node: ir.Node) -> Roles | None:
             return None if not node.inputs or is_constant(node.inputs[0]) else Roles((0,))
 
 
+def bias_place(node: ir.Node) -> tuple[ir.Node, int] | None:
+    """The node and input that a layer's bias has, or would have: its own third one or, behind a MatMul, that of the Add.
+
+    None where a bias has no place: no such Add, or a Gemm that scales its terms.
+    """
+    if node.op_type in ("Conv", "ConvTranspose"):
+        return node, 2
+    if node.op_type == "Gemm":
+        scaled = any(node.attributes.get_float(name, 1.0) != 1.0 for name in ("alpha", "beta"))
+        return None if scaled else (node, 2)
+    uses = list(node.outputs[0].uses())
+    if node.op_type != "MatMul" or len(uses) != 1 or uses[0].node.op_type != "Add" or uses[0].node.domain:
+        return None
+    add, index = uses[0].node, 1 - uses[0].idx
+    bias = add.inputs[index]
+    is_row = (
+        is_constant(bias) and bias is not None and bias.const_value is not None and len(bias.const_value.shape) == 1
+    )
+    return (add, index) if is_row else None
+
+
 def int_attribute(node: ir.Node, name: str, default: int) -> int:
     """An integer attribute of a node, or its default."""
     attribute = node.attributes.get(name)

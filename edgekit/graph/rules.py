@@ -11,6 +11,26 @@ from edgekit.errors import TargetError
 from edgekit.graph.operators import LINEAR, Roles, dims, is_constant, is_float, roles
 from edgekit.target import Target
 
+PRECISION = "edgekit.precision"
+"""The metadata key, of nodes, of `precision`."""
+
+POOLS = ("AveragePool", "GlobalAveragePool")
+_TO_SOFTMAX = (
+    "Mul",
+    "Div",
+    "Add",
+    "Sub",
+    "Where",
+    "Cast",
+    "Clip",
+    "Reshape",
+    "Transpose",
+    "Squeeze",
+    "Unsqueeze",
+    "Tanh",
+)
+_FROM_SOFTMAX = ("Cast", "Where", "Mul", "Reshape", "Transpose", "Dropout", "Split", "Slice")
+
 
 def quantized_nodes(
     model: ir.Model, target: Target, *, keep_float: frozenset[str] = frozenset()
@@ -18,24 +38,100 @@ def quantized_nodes(
     """The nodes of the main graph that `target` runs quantized, with the roles of their inputs, in graph order.
 
     1. Linear operators, when the target's rules name them and their weight is a constant (or both inputs are activations).
-    2. Lighter operators (Add, Mul, Concat, pools, ...) only downstream of a quantized node: on their own, converting to int8 and
-       back costs more than they do.
+    2. Lighter operators (Add, Mul, Concat, pools, ...) only downstream of a quantized convolution: on their own, converting to
+       int8 and back costs more than they do, and a MatMul or Gemm has kernels with float output. That keeps the residual stream
+       of a transformer in float, which its accuracy needs.
     3. An Add only of two tensors that are known to have the same shape: attention masks and position codes are not activations.
+    4. What no layer with weights follows is post-processing, such as the decoding of boxes and scores: lighter operators but
+       pools, and products of activations, stay float there.
+    5. The two products of attention stay float, unless the target's rules say otherwise.
+    6. A convolution of a Softmax is an expectation, such as a box distribution's: float.
 
-    Nodes named in `keep_float` are left out.
+    Nodes named in `keep_float`, and those whose `precision` is "float", are left out.
     """
     chosen: dict[ir.Node, Roles] = {}
-    carries: set[ir.Value] = (
+    leading = _leading_to_layers(model.graph)
+    convolved: set[ir.Value] = (
         set()
-    )  # values that come from a quantized node, perhaps through operators that pass codes on
+    )  # what comes from a quantized convolution, perhaps through operators that pass codes on
+    multiplied: set[ir.Value] = set()  # the same, from a MatMul or Gemm
     for node in model.graph:
-        found = _roles_if_ruled(node, target) if node.name not in keep_float else None
-        if found is not None and (node.op_type in LINEAR or any(node.inputs[i] in carries for i in found.activations)):
+        found = _roles_if_ruled(node, target)
+        kept = found is None or node.name in keep_float or precision(node) == "float"
+        if not kept and found is not None and node.op_type in LINEAR:
+            kept = not _is_layer(found) and (node not in leading or _in_attention(node, target)) or _expects(node)
+        elif not kept and found is not None:
+            reads = {node.inputs[i] for i in found.activations}
+            ends = node not in leading and node.op_type not in POOLS
+            kept = ends or not reads & convolved or bool(reads & multiplied)
+        if not kept and found is not None:
             chosen[node] = found
-            carries.update(node.outputs)
-        elif node.inputs and node.inputs[0] in carries and passes_on(node, target):
-            carries.update(node.outputs)
+            (multiplied if node.op_type in ("MatMul", "Gemm") else convolved).update(node.outputs)
+        elif node.inputs and passes_on(node, target):
+            for family in (convolved, multiplied):
+                family.update(node.outputs if node.inputs[0] in family else ())
+        elif bias_of(node) in multiplied:
+            multiplied.update(node.outputs)
     return chosen
+
+
+def precision(node: ir.Node) -> str:
+    """What was asked for this very node: "int8", "int16" or "float"; empty when nothing was."""
+    return node.metadata_props.get(PRECISION, "")
+
+
+def bias_of(node: ir.Node) -> ir.Value | None:
+    """The value that an Add of a constant row adds to; None for any other node."""
+    if node.op_type != "Add" or node.domain or len(node.inputs) != 2:
+        return None
+    constants = [value for value in node.inputs if is_constant(value)]
+    return next((value for value in node.inputs if not is_constant(value)), None) if constants else None
+
+
+def _is_layer(parts: Roles) -> bool:
+    return parts.weight is not None
+
+
+def _leading_to_layers(graph: ir.Graph) -> set[ir.Node]:
+    """The nodes that a layer with weights follows, near or far."""
+    leading: set[ir.Node] = set()
+    for node in reversed(list(graph)):
+        readers = [use.node for output in node.outputs for use in output.uses()]
+        if any(reader in leading or _has_weights(reader) for reader in readers):
+            leading.add(node)
+    return leading
+
+
+def _has_weights(node: ir.Node) -> bool:
+    found = roles(node) if node.op_type in LINEAR and not node.domain else None
+    return found is not None and _is_layer(found) and not _expects(node)
+
+
+def _in_attention(node: ir.Node, target: Target) -> bool:
+    return target.quantization.attention == "float" and (_leads_to_softmax(node) or _comes_from_softmax(node))
+
+
+def _leads_to_softmax(node: ir.Node, steps: int = 6) -> bool:
+    readers = [use.node for output in node.outputs for use in output.uses()]
+    return any(
+        reader.op_type == "Softmax"
+        or (steps > 0 and reader.op_type in _TO_SOFTMAX and _leads_to_softmax(reader, steps - 1))
+        for reader in readers
+    )
+
+
+def _comes_from_softmax(node: ir.Node, steps: int = 3) -> bool:
+    producers = [producer for value in node.inputs if value is not None and (producer := value.producer()) is not None]
+    return any(
+        producer.op_type == "Softmax"
+        or (steps > 0 and producer.op_type in _FROM_SOFTMAX and _comes_from_softmax(producer, steps - 1))
+        for producer in producers
+    )
+
+
+def _expects(node: ir.Node) -> bool:
+    """Whether a convolution weighs the outcomes of a Softmax."""
+    return node.op_type == "Conv" and _comes_from_softmax(node)
 
 
 def check_operators(target: Target) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from edgekit.errors import GraphError
 from edgekit.graph.annotations import DTYPES, annotated_values, code_tensor, fresh_name, get_params, set_params
-from edgekit.graph.operators import Roles, copy_type, is_constant
+from edgekit.graph.operators import Roles, bias_place, copy_type, is_constant
 from edgekit.lowering.placement import Placement, place
 from edgekit.lowering.writer import node_name, remove_dead
 from edgekit.quant.affine import TINY, middle_code, quantize, regrid, weight_params
@@ -89,6 +89,17 @@ def _weight_grid(weight: ir.Value, params: QuantParams, spec: QuantSpec) -> Quan
     )
 
 
+def _codes(weight: NDArray[np.float32], params: QuantParams, chosen: QuantParams) -> NDArray[np.generic]:
+    """The codes of a weight on a grid; those that were `chosen` for it wherever that grid is still the same."""
+    nearest = quantize(weight, params)
+    if chosen.codes is None or chosen.dtype != params.dtype:
+        return nearest
+    if params.axis is None or params.block_size:
+        return chosen.codes
+    same = (params.scale == chosen.scale).reshape([-1 if i == params.axis else 1 for i in range(weight.ndim)])
+    return np.where(same, chosen.codes, nearest)
+
+
 def _numbers(constant: ir.Value) -> NDArray[np.float32]:
     assert constant.const_value is not None
     return np.asarray(constant.const_value.numpy(), np.float32)
@@ -126,10 +137,12 @@ class _Lowering:
         if parts.weight is None:
             return
         weight, activation = node.inputs[parts.weight], get_params(node.inputs[parts.activations[0]])
-        params = get_params(weight)
-        assert weight is not None and params is not None and activation is not None, (
+        chosen = params = get_params(weight)
+        assert weight is not None and params is not None and chosen is not None and activation is not None, (
             "place chooses only nodes with grids"
         )
+        if params.shift is not None:
+            self._take_off(node, params.shift, weight)
         row = _bias_row(node, parts, weight) if self.integer_bias else None
         if row is not None:
             params = _widened(params, activation, row)
@@ -141,10 +154,21 @@ class _Lowering:
             node.replace_input_with(_BIAS, self._constant(node, f"{node_name(node)}_bias", codes, grid, weight))
         key = (weight, params.scale.tobytes())
         if key not in self._weights:
-            self._weights[key] = self._constant(
-                node, str(weight.name), quantize(_numbers(weight), params), params, weight
-            )
+            codes = _codes(_numbers(weight), params, chosen)
+            self._weights[key] = self._constant(node, str(weight.name), codes, params, weight)
         node.replace_input_with(parts.weight, self._weights[key])
+
+    def _take_off(self, node: ir.Node, shift: NDArray[np.float32], like: ir.Value) -> None:
+        """Subtract from a layer's bias what quantization adds to its output in the mean."""
+        place = bias_place(node)
+        assert place is not None, "a shift is known only where there is a place for it"
+        reader, index = place
+        old = reader.inputs[index] if len(reader.inputs) > index else None
+        bias = -shift if old is None else (_numbers(old).astype(np.float64) - shift).astype(np.float32)
+        if len(reader.inputs) <= index:
+            reader.resize_inputs(index + 1)
+        name = f"{node_name(node)}_bias" if old is None else f"{old.name}_corrected"
+        reader.replace_input_with(index, self._initializer(name, bias, like.dtype or ir.DataType.FLOAT))
 
     def lower_activation(self, value: ir.Value, placement: Placement) -> None:
         """Put a Q/DQ pair on a value that somebody reads as codes, or that an integer kernel makes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -13,8 +14,10 @@ from edgekit.quant.spec import INTEGER_RANGES, QuantParams, QuantSpec
 TINY = np.finfo(np.float32).tiny
 """The smallest scale: the smallest normal float32, 2**-126. Devices flush smaller ones to zero."""
 
-CODE_DTYPES: dict[str, np.dtype[np.generic]] = {name: np.dtype(name.replace("int4", "int8")) for name in INTEGER_RANGES}
-"""The numpy type that holds the codes of each quantized type; 4-bit codes stand one a byte."""
+CODE_DTYPES: dict[str, np.dtype[np.generic]] = {
+    name: np.dtype(re.sub("int[24]$", "int8", name)) for name in INTEGER_RANGES
+}
+"""The numpy type that holds the codes of each quantized type; codes of 2 and 4 bits stand one a byte."""
 
 
 def middle_code(dtype: str) -> int:
@@ -98,7 +101,7 @@ def quantize(x: NDArray[np.generic], params: QuantParams) -> NDArray[np.generic]
     narrow range saturates at its own lowest code (int8: -127), where `QuantizeLinear` knows only -128.
     """
     values = np.asarray(x, np.float32)
-    scale, zero_point = _grid_against(values.ndim, params)
+    scale, zero_point = _grid_against(values.shape, params)
     # float32 holds every bound of up to 16 bits exactly; int32's upper one only float64 does.
     working = np.float64 if params.dtype == "int32" else np.float32
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
@@ -113,7 +116,7 @@ def quantize(x: NDArray[np.generic], params: QuantParams) -> NDArray[np.generic]
 
 def dequantize(codes: NDArray[np.generic], params: QuantParams) -> NDArray[np.float32]:
     """The float32 numbers that `codes` stand for: ONNX `DequantizeLinear`, bit for bit as ONNX Runtime computes it."""
-    scale, zero_point = _grid_against(codes.ndim, params)
+    scale, zero_point = _grid_against(codes.shape, params)
     with np.errstate(over="ignore", under="ignore"):
         return np.asarray((codes.astype(np.int32) - zero_point.astype(np.int32)).astype(np.float32) * scale)
 
@@ -123,13 +126,22 @@ def fake_quantize(x: NDArray[np.generic], params: QuantParams) -> NDArray[np.flo
     return dequantize(quantize(x, params), params)
 
 
-def _grid_against(ndim: int, params: QuantParams) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Scale and zero point shaped to stand against an array of `ndim` dimensions: per channel `(1, C, 1, ...)`."""
-    if params.axis is None:
+def _grid_against(shape: tuple[int, ...], params: QuantParams) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Scale and zero point shaped to stand against an array of `shape`: per channel `(1, C, 1, ...)`, each block repeated."""
+    axis = params.axis
+    if axis is None:
         return params.scale, params.zero_point
-    shape = [1] * ndim
-    shape[params.axis] = -1
-    return params.scale.reshape(shape), params.zero_point.reshape(shape)
+    if params.block_size:
+        element = np.arange(shape[axis]) // params.block_size
+        return params.scale.take(element, axis), params.zero_point.take(element, axis)
+    against = [1] * len(shape)
+    against[axis] = -1
+    return params.scale.reshape(against), params.zero_point.reshape(against)
+
+
+def constant_codes(constant: NDArray[np.generic], params: QuantParams) -> NDArray[np.generic]:
+    """The codes of a constant: those that were chosen for it, else the nearest ones."""
+    return quantize(constant, params) if params.codes is None else params.codes
 
 
 def regrid(params: QuantParams, spec: QuantSpec) -> QuantParams:
