@@ -17,7 +17,7 @@ LEVELS = (
     "errors",
     "progress reference output toml_file",
     "quant",
-    "target",
+    "method target",
     "data graph",
     "passes calibration lowering",
     "training backend",

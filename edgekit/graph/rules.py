@@ -13,6 +13,10 @@ from edgekit.target import Target
 
 PRECISION = "edgekit.precision"
 """The metadata key, of nodes, of `precision`."""
+ACTIVATIONS = "edgekit.activations"
+"""The metadata key of layers whose activations have no grid: "dynamic" where it is found at run time, "none" where they stay float."""
+LEAST_TABLE = 1 << 16
+"""Elements; what a smaller table would save is not worth a node."""
 
 POOLS = ("AveragePool", "GlobalAveragePool")
 _TO_SOFTMAX = (
@@ -78,6 +82,24 @@ def quantized_nodes(
 def precision(node: ir.Node) -> str:
     """What was asked for this very node: "int8", "int16" or "float"; empty when nothing was."""
     return node.metadata_props.get(PRECISION, "")
+
+
+def embeddings(graph: ir.Graph) -> list[ir.Node]:
+    """The Gather nodes that look up rows of a large constant table `(rows, columns)` of floats, and are its only readers."""
+    return [node for node in graph if node.op_type == "Gather" and not node.domain and _looks_up(node)]
+
+
+def _looks_up(gather: ir.Node) -> bool:
+    table = gather.inputs[0]
+    if not is_constant(table) or table is None or table.const_value is None or not is_float(table):
+        return False
+    rows_of_table = len(table.const_value.shape) == 2 and gather.attributes.get_int("axis", 0) == 0
+    return (
+        rows_of_table
+        and table.const_value.size >= LEAST_TABLE
+        and len(table.uses()) == 1
+        and not is_constant(gather.inputs[1])
+    )
 
 
 def bias_of(node: ir.Node) -> ir.Value | None:

@@ -2,43 +2,76 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import onnx_ir as ir
 
 from edgekit.graph.annotations import set_wish
-from edgekit.graph.operators import is_constant
-from edgekit.graph.rules import absorbed_output, quantized_nodes, shares_grid
+from edgekit.graph.operators import Roles, is_constant
+from edgekit.graph.rules import ACTIVATIONS, PRECISION, absorbed_output, embeddings, quantized_nodes, shares_grid
+from edgekit.method import Method
 from edgekit.quant.spec import QuantSpec
 from edgekit.target import Target
 
+TABLE = QuantSpec("int8", symmetric=True, per_channel=True, narrow_range=True)
+WIDE = {"uint8": "uint16", "int8": "int16", "uint16": "uint16", "int16": "int16"}
+"""The same kind of grid in 16 bits."""
+EVERYTHING = Method()
 
-def assign_specs(model: ir.Model, target: Target) -> ir.Model:
-    """Mark the tensors that `target` quantizes with the spec that it wants.
+
+def assign_specs(model: ir.Model, target: Target, method: Method = EVERYTHING) -> ir.Model:
+    """Mark the tensors that `target` quantizes with the spec that it and the `method` want.
 
     1. The activations and the constant weight that a quantized node reads.
     2. The output of a quantized node, behind the activation function that is absorbed into it.
     3. Every tensor that shares a grid with a marked one (Concat, pass-through operators).
+    4. Tables that are looked up (embeddings), one scale for each column.
+
+    With other than static activations, only constants are marked. A tensor that one layer wants in 16 bits has 16.
     """
-    model = model.clone()
-    activation = target.quantization.activation.spec
+    model = _with_precisions(model.clone(), method)
     marked: set[ir.Value] = set()
+    wide: set[ir.Value] = set()
     for node, parts in quantized_nodes(model, target).items():
-        marked.update(value for i in parts.activations if (value := node.inputs[i]) is not None)
-        marked.update(absorbed_output(out, target) for out in node.outputs)
         weight = node.inputs[parts.weight] if parts.weight is not None else None
+        own = method.for_layer(node.name or "")
         if weight is not None:
-            set_wish(weight, *_weight_spec(target, parts.weight_axis))
+            set_wish(weight, *_weight_spec(own.weight_spec(target.quantization.weight.spec), node, parts))
+        if own.activations != "static":
+            node.metadata_props[ACTIVATIONS] = own.activations
+            continue
+        read = [value for i in parts.activations if (value := node.inputs[i]) is not None]
+        marked.update(read)
+        marked.update(absorbed_output(out, target) for out in node.outputs)
+        wide.update(read if own.precision == "int16" else ())
     _spread(model, target, marked)
+    activation = target.quantization.activation.spec
     for value in marked:
         if not is_constant(value):
-            set_wish(value, activation, None)
+            set_wish(value, replace(activation, dtype=WIDE[activation.dtype]) if value in wide else activation, None)
+    for gather in embeddings(model.graph):
+        table = gather.inputs[0]
+        assert table is not None
+        set_wish(table, TABLE, 1)
     return model
 
 
-def _weight_spec(target: Target, axis: int | None) -> tuple[QuantSpec, int | None]:
-    spec = target.quantization.weight.spec
-    if spec.per_channel and axis is None:
-        return QuantSpec(spec.dtype, spec.symmetric, False, spec.narrow_range), None
-    return spec, axis if spec.per_channel else None
+def _with_precisions(model: ir.Model, method: Method) -> ir.Model:
+    for node in model.graph:
+        asked = method.for_layer(node.name or "").precision
+        if asked != "int8":
+            node.metadata_props[PRECISION] = asked
+    return model
+
+
+def _weight_spec(spec: QuantSpec, node: ir.Node, parts: Roles) -> tuple[QuantSpec, int | None]:
+    """The grid of a weight and its axis: that of its output channels or, in blocks, the one that a matrix product sums over."""
+    axis = parts.weight_axis
+    if axis is None or not spec.per_channel:
+        return replace(spec, per_channel=False, block_size=0), None
+    if spec.block_size and node.op_type in ("MatMul", "Gemm"):
+        return spec, 1 - axis
+    return replace(spec, block_size=0), axis
 
 
 def _spread(model: ir.Model, target: Target, marked: set[ir.Value]) -> None:

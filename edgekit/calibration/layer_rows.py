@@ -1,0 +1,226 @@
+"""What layers multiply: their inputs as rows, their weights as matrices, so that every layer is `rows @ matrix`.
+
+A layer's rows are a sample of those of all positions of all calibration samples. Which ones is a matter of each sample alone (its
+content chooses it, its shape chooses the positions), so that neither the order nor the size of batches makes a difference.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from edgekit.data import Batch
+from edgekit.graph.operators import LINEAR, Roles, int_attribute, roles
+from edgekit.graph.run import Session, with_outputs
+
+F32 = NDArray[np.float32]
+
+ROWS = 1024
+"""Of each layer, about: enough to tell ranges and shifts apart. More only where a Hessian is made of them."""
+SAMPLES = 128
+"""The most samples that rows are taken from, about."""
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """How a layer reads its input: equal ones on one value read the same rows.
+
+    Attributes:
+        kind: "rows" for MatMul and Gemm, "patches" for Conv.
+        kernel, strides, dilations, pads: of a Conv; pads are begins, then ends.
+        groups: of a Conv.
+    """
+
+    kind: str
+    kernel: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+    dilations: tuple[int, ...] = ()
+    pads: tuple[int, ...] = ()
+    groups: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class LinearLayer:
+    """A layer with a constant weight.
+
+    Attributes:
+        node, parts: the operator and the roles of its inputs.
+        source: the activation that it reads.
+        weight: the value of its weight.
+        geometry: how it reads `source`.
+    """
+
+    node: ir.Node
+    parts: Roles
+    source: ir.Value
+    weight: ir.Value
+    geometry: Geometry
+
+    @property
+    def name(self) -> str:
+        """Of the node."""
+        return self.node.name or ""
+
+
+def linear_layers(graph: ir.Graph) -> list[LinearLayer]:
+    """The layers of a graph that are `rows @ matrix`: all MatMul, Gemm and Conv with a constant weight of known shape."""
+    return [layer for node in graph if (layer := _linear_layer(node)) is not None]
+
+
+def _linear_layer(node: ir.Node) -> LinearLayer | None:
+    if node.domain or node.op_type not in LINEAR or node.op_type == "ConvTranspose":
+        return None
+    parts = roles(node)
+    if parts is None or parts.weight is None or parts.weight_axis is None:
+        return None
+    source, weight = node.inputs[parts.activations[0]], node.inputs[parts.weight]
+    assert source is not None and weight is not None and weight.const_value is not None
+    geometry = Geometry("rows") if node.op_type != "Conv" else _patches(node, tuple(weight.const_value.shape.numpy()))
+    return None if geometry is None else LinearLayer(node, parts, source, weight, geometry)
+
+
+def _patches(node: ir.Node, shape: tuple[int, ...]) -> Geometry | None:
+    rank = len(shape) - 2
+    if node.attributes.get_string("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+        return None
+
+    def ints(name: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(node.attributes.get_ints(name, default))
+
+    ones = (1,) * rank
+    strides, dilations, pads = ints("strides", ones), ints("dilations", ones), ints("pads", (0,) * (2 * rank))
+    return Geometry("patches", shape[2:], strides, dilations, pads, int_attribute(node, "group", 1))
+
+
+def matrix(layer: LinearLayer, array: NDArray[np.generic]) -> F32:
+    """An array of the weight's shape as `(groups, K, N)`: K is what an output sums over, N the output channels of a group."""
+    values = np.asarray(array, np.float32)
+    if layer.geometry.kind == "patches":
+        groups = layer.geometry.groups
+        return np.ascontiguousarray(values.reshape(groups, values.shape[0] // groups, -1).transpose(0, 2, 1))
+    return np.ascontiguousarray(values if layer.parts.weight_axis == 1 else values.T)[None]
+
+
+def array_of(layer: LinearLayer, matrices: NDArray[np.generic], shape: tuple[int, ...]) -> NDArray[np.generic]:
+    """The inverse of `matrix`: from `(groups, K, N)` back to the weight's `shape`."""
+    if layer.geometry.kind == "patches":
+        return np.ascontiguousarray(matrices.transpose(0, 2, 1)).reshape(shape)
+    return np.ascontiguousarray(matrices[0] if layer.parts.weight_axis == 1 else matrices[0].T)
+
+
+def numbers(value: ir.Value) -> F32:
+    """A constant's numbers."""
+    assert value.const_value is not None
+    return np.asarray(value.const_value.numpy(), np.float32)
+
+
+RowsKey = tuple[str, Geometry]
+Rows = Mapping[RowsKey, F32]
+"""Rows `(groups, n, K)` by the name of the value and how it is read."""
+
+
+def rows_key(layer: LinearLayer) -> RowsKey:
+    """Where a layer's rows are found; layers that read one value in the same way share them."""
+    return layer.source.name or "", layer.geometry
+
+
+def collect_rows(
+    model: ir.Model,
+    layers: Sequence[LinearLayer],
+    batches: Iterable[Batch],
+    *,
+    samples: int,
+    rows: int = ROWS,
+    threads: int = 0,
+) -> dict[RowsKey, F32]:
+    """Rows of what each of `layers` reads: about `rows` of each, from about `SAMPLES` of the `samples` that `batches` hold."""
+    share = -(-samples // SAMPLES)
+    each = max(1, -(-rows * share // max(1, samples)))
+    found: dict[RowsKey, list[tuple[int, F32]]] = {rows_key(layer): [] for layer in layers}
+    names = list(dict.fromkeys(name for name, _ in found))
+    for checksum, arrays in run_samples(model, names, batches, share=share, threads=threads):
+        for (name, geometry), parts in found.items():
+            parts.append((checksum, rows_of(arrays[name], geometry, each)))
+    ordered = {key: sorted(parts, key=lambda part: part[0]) for key, parts in found.items() if parts}
+    return {key: np.concatenate([part for _, part in parts], axis=1) for key, parts in ordered.items()}
+
+
+def run_samples(
+    model: ir.Model, names: Sequence[str], batches: Iterable[Batch], *, share: int, threads: int = 0
+) -> Iterator[tuple[int, dict[str, NDArray[np.generic]]]]:
+    """Named values of about one in `share` samples, each run alone, with a checksum of its content; of the first where that is none."""
+    inputs = {value.name: value for value in model.graph.inputs}
+    computed = [name for name in names if name not in inputs]
+    session = Session(with_outputs(model, set(computed)), optimize=True, threads=threads)
+    cut = all(
+        value.shape is not None and value.shape and not isinstance(value.shape[0], int) for value in inputs.values()
+    )
+
+    def values(feeds: dict[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
+        made = session.run(feeds, outputs=computed) if computed else {}
+        return {name: made[name] if name in made else feeds[name] for name in names}
+
+    first: dict[str, NDArray[np.generic]] | None = None
+    for feeds in _samples(batches, cut=cut):
+        checksum = _checksum(feeds)
+        if checksum % share == 0:
+            first = {}
+            yield checksum, values(feeds)
+        elif first is None:
+            first = feeds
+    if first:
+        yield 0, values(first)
+
+
+def _samples(batches: Iterable[Batch], *, cut: bool) -> Iterator[dict[str, NDArray[np.generic]]]:
+    for batch in batches:
+        if batch.single or not cut or len(batch) == 1:
+            yield batch.feeds
+            continue
+        for index in range(len(batch)):
+            yield {name: np.ascontiguousarray(array[index : index + 1]) for name, array in batch.feeds.items()}
+
+
+def _checksum(feeds: Mapping[str, NDArray[np.generic]]) -> int:
+    checksum = 0
+    for array in feeds.values():
+        checksum = zlib.crc32(np.ascontiguousarray(array).tobytes(), checksum)
+    return checksum
+
+
+def rows_of(array: NDArray[np.generic], geometry: Geometry, count: int) -> F32:
+    """At most `count` rows for each sample, `(groups, n, K)`, of positions that are spread over `array`."""
+    values = np.asarray(array, np.float32)
+    if geometry.kind == "rows":
+        flat = values.reshape(-1, values.shape[-1])
+        return np.ascontiguousarray(flat[_spread(len(flat), count)])[None]
+    rank = len(geometry.kernel)
+    begins, ends = geometry.pads[:rank], geometry.pads[rank:]
+    padded = np.pad(values, [(0, 0), (0, 0), *zip(begins, ends, strict=True)]) if any(geometry.pads) else values
+    extent = [(k - 1) * d + 1 for k, d in zip(geometry.kernel, geometry.dilations, strict=True)]
+    windows = np.lib.stride_tricks.sliding_window_view(padded, extent, axis=tuple(range(2, 2 + rank)))
+    steps = [slice(None, None, s) for s in geometry.strides]
+    taps = tuple(slice(None, None, d) for d in geometry.dilations)
+    index = (slice(None), slice(None), *steps, *taps)
+    windows = np.moveaxis(windows[index], 1, 1 + rank)  # (batch, positions ..., channels, kernel ...)
+    positions = windows.shape[: 1 + rank]
+    picked = np.unravel_index(_spread(int(np.prod(positions)), count), positions)
+    patches = windows[picked]  # (n, channels, kernel ...)
+    groups = geometry.groups
+    rows = patches.reshape(len(patches), groups, -1).transpose(1, 0, 2)
+    return np.ascontiguousarray(rows)
+
+
+def _spread(size: int, count: int) -> NDArray[np.intp]:
+    """At most `count` of the first `size` whole numbers, scattered but always the same: a regular step would hit the same column."""
+    if count >= size:
+        return np.arange(size)
+    picked = np.unique(
+        (np.arange(count) * size // count + (np.arange(count) * 7919) % max(1, size // count)).clip(0, size - 1)
+    )
+    return np.asarray(picked, np.intp)

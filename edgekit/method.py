@@ -1,0 +1,92 @@
+"""How a model is quantized after training: the choices that the command line and the recipe offer, for all layers and for some."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from edgekit.quant.estimators import ESTIMATORS
+from edgekit.quant.spec import QuantSpec
+from edgekit.toml_file import Table
+
+Precision = Literal["int8", "int16", "float"]
+WeightType = Literal["int8", "int4", "uint4", "int2", "uint2"]
+Rounding = Literal["nearest", "gptq", "adaround"]
+BlockSize = Literal[0, 16, 32, 64, 128, 256]
+
+AUTO, EASYQUANT = "auto", "eq"
+"""Calibrators that look at the outputs of layers; all others look at the histogram of a tensor alone."""
+CALIBRATORS = (AUTO, EASYQUANT, *ESTIMATORS)
+
+
+class LayerMethod(Table):
+    """Other choices for the layers whose names match a pattern; what is None is as for all the others.
+
+    Attributes:
+        match: shell-style pattern of node names, such as "layer1.*".
+        precision: of the layer's inputs: "int8", "int16", or "float" to leave it alone.
+    """
+
+    match: str
+    precision: Precision | None = None
+    calibrator: str | None = None
+    weights: WeightType | None = None
+    block_size: BlockSize | None = None
+    rounding: Rounding | None = None
+
+
+class Method(Table):
+    """Post-training quantization, as asked for.
+
+    Attributes:
+        activations: "static" scales are chosen from data; "dynamic" ones at run time; with "none" only weights are quantized.
+        precision: of activations.
+        weights, block_size: type of the weights, and how many of them share a scale along the axis that a layer sums over; 0 is one
+            scale for each output channel.
+        calibrator: what chooses ranges of activations, one of `CALIBRATORS`.
+        rounding: what chooses codes of weights.
+        rounding_budget: seconds that "adaround" may take for all layers together.
+        bias_correction: take off each bias what quantization adds to the layer's output in the mean.
+        smooth: move outliers of activations into weights in front of matrix products (SmoothQuant).
+        equalize: even out the channels of consecutive layers (cross-layer equalization).
+        layers: exceptions; a later one wins.
+    """
+
+    activations: Literal["static", "dynamic", "none"] = "static"
+    precision: Precision = "int8"
+    weights: WeightType = "int8"
+    block_size: BlockSize = 0
+    calibrator: str = AUTO
+    rounding: Rounding = "nearest"
+    rounding_budget: Annotated[float, Field(gt=0)] = 600.0
+    bias_correction: bool = True
+    smooth: bool = True
+    equalize: bool = False
+    layers: tuple[LayerMethod, ...] = ()
+
+    @field_validator("calibrator")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        if name not in CALIBRATORS:
+            raise ValueError(f"is {name!r}; known calibrators: {', '.join(CALIBRATORS)}")
+        return name
+
+    def for_layer(self, name: str) -> Method:
+        """The choices for the layer of a name."""
+        changes: dict[str, object] = {}
+        for layer in self.layers:
+            if fnmatchcase(name, layer.match):
+                changes |= layer.model_dump(exclude_none=True, exclude={"match"})
+        return self.model_copy(update=changes) if changes else self
+
+    def weight_spec(self, wanted: QuantSpec) -> QuantSpec:
+        """The grid of a weight: the target's, with this type and block size."""
+        if self.weights == wanted.dtype and not self.block_size:
+            return wanted
+        signed = self.weights.startswith("int")
+        narrow = wanted.narrow_range and self.weights == "int8"
+        return QuantSpec(
+            self.weights, symmetric=signed, per_channel=True, narrow_range=narrow, block_size=self.block_size
+        )
