@@ -11,57 +11,128 @@ from typing import Any
 
 import nncf  # type: ignore[import-untyped]
 import openvino as ov
+from nncf.quantization.advanced_parameters import (  # type: ignore[import-untyped]
+    AdvancedQuantizationParameters,
+    AdvancedSmoothQuantParameters,
+)
 from numpy.typing import NDArray
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    CalibrationMethod,
+    QuantFormat,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from edgekit.backend import Artifact
 
 Feeds = dict[str, NDArray[Any]]
 
+METHODS = (CalibrationMethod.MinMax, CalibrationMethod.Percentile, CalibrationMethod.Entropy)
+MATMUL_ONLY = ("MatMul", "Gemm")
 
-def onnxruntime_quantized(float_model: Path, calibration: Sequence[Feeds], folder: Path) -> dict[str, Artifact]:
+
+def onnxruntime_quantized(
+    float_model: Path,
+    calibration: Sequence[Feeds],
+    folder: Path,
+    *,
+    methods: Sequence[CalibrationMethod] = METHODS,
+    operators: Sequence[str] = (),
+) -> dict[str, Artifact]:
     """ONNX Runtime's `quantize_static`, by calibration method: QDQ, uint8 activations, int8 weights per channel.
 
     These are the settings that its documentation recommends for x86-64 with VNNI; ranges of weights and everything else
-    are its defaults. The three files differ in their scales and zero points only.
+    are its defaults. The files differ in their scales and zero points only. `operators` limits it to some; empty means all
+    that it knows.
     """
-    prepared = folder / "prepared.onnx"
+    suffix = f", {operators[0]} only" if operators else ""
+    prepared = _prepared(float_model, folder)
     made = {}
     with _silence():
-        quant_pre_process(str(float_model), str(prepared))
-        for method in (CalibrationMethod.MinMax, CalibrationMethod.Percentile, CalibrationMethod.Entropy):
-            path = folder / f"quantize_static_{method.name}.onnx"
+        for method in methods:
+            path = folder / f"quantize_static_{method.name}_{'_'.join(operators) or 'all'}.onnx"
             quantize_static(
                 str(prepared),
                 str(path),
                 _Reader(calibration),
                 quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=list(operators) or None,
                 per_channel=True,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 calibrate_method=method,
             )
-            made[f"quantize_static, {method.name}"] = Artifact(path, (path,))
+            made[f"quantize_static, {method.name}{suffix}"] = Artifact(path, (path,))
+    return made
+
+
+def onnxruntime_dynamic(float_model: Path, folder: Path) -> dict[str, Artifact]:
+    """ONNX Runtime's `quantize_dynamic`, int8 weights: per tensor, which is its default, and per channel."""
+    prepared = _prepared(float_model, folder)
+    made = {}
+    with _silence():
+        for label, per_channel in (("quantize_dynamic", False), ("quantize_dynamic, per channel", True)):
+            path = folder / f"quantize_dynamic_{'channels' if per_channel else 'default'}.onnx"
+            quantize_dynamic(str(prepared), str(path), per_channel=per_channel, weight_type=QuantType.QInt8)
+            made[label] = Artifact(path, (path,))
     return made
 
 
 def openvino_quantized(float_model: Path, calibration: Sequence[Feeds], folder: Path) -> dict[str, Artifact]:
     """NNCF's `quantize`, by preset: symmetric activations ("performance", its default), or affine ones ("mixed")."""
-    samples = sum(len(next(iter(feeds.values()))) for feeds in calibration)
     made = {}
     with _silence():
         for preset in (nncf.QuantizationPreset.PERFORMANCE, nncf.QuantizationPreset.MIXED):
-            path = folder / f"nncf_{preset.value}.xml"
             quantized = nncf.quantize(
                 ov.Core().read_model(float_model),
                 nncf.Dataset(list(calibration)),
                 preset=preset,
-                subset_size=samples,  # NNCF counts batches here, and stops at the end of the data
+                subset_size=_samples(calibration),
             )
-            ov.save_model(quantized, path, compress_to_fp16=False)
-            made[f"NNCF, {preset.value}"] = Artifact(path, (path, path.with_suffix(".bin")))
+            made[f"NNCF, {preset.value}"] = _saved(quantized, folder / f"nncf_{preset.value}.xml")
     return made
+
+
+def openvino_transformer(float_model: Path, calibration: Sequence[Feeds], folder: Path) -> dict[str, Artifact]:
+    """NNCF's `quantize` in its mode for transformers, with smoothing, which is its default, and without."""
+    off = AdvancedQuantizationParameters(smooth_quant_alphas=AdvancedSmoothQuantParameters(convolution=-1, matmul=-1))
+    made = {}
+    with _silence():
+        for label, parameters in (("NNCF, transformer", None), ("NNCF, transformer, no smoothing", off)):
+            quantized = nncf.quantize(
+                ov.Core().read_model(float_model),
+                nncf.Dataset(list(calibration)),
+                subset_size=_samples(calibration),
+                model_type=nncf.ModelType.TRANSFORMER,
+                advanced_parameters=parameters,
+            )
+            made[label] = _saved(quantized, folder / f"{label.replace(', ', '_').replace(' ', '_')}.xml")
+    return made
+
+
+def _samples(calibration: Sequence[Feeds]) -> int:
+    """More than there are batches, which is what NNCF counts: it stops at the end of the data."""
+    return sum(len(next(iter(feeds.values()))) for feeds in calibration)
+
+
+def _saved(quantized: ov.Model, path: Path) -> Artifact:
+    ov.save_model(quantized, path, compress_to_fp16=False)
+    return Artifact(path, (path, path.with_suffix(".bin")))
+
+
+def _prepared(float_model: Path, folder: Path) -> Path:
+    """The float model as ONNX Runtime's documentation says it should be before it is quantized.
+
+    Its symbolic shape inference fails on the transformer, with a TypeError; the shapes that ONNX infers are enough.
+    """
+    path = folder / "prepared.onnx"
+    if not path.is_file():
+        with _silence():
+            quant_pre_process(str(float_model), str(path), skip_symbolic_shape=True)
+    return path
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]

@@ -56,6 +56,43 @@ def main() -> None:
     """Compress a model once; ship it, proven and measured, to TensorRT, OpenVINO and ONNX Runtime."""
 
 
+METHOD = {
+    "calibrator": click.option(
+        "--calibrator", help="What chooses ranges: auto, eq, minmax, mse, kld, ...  [default: auto]"
+    ),
+    "activations": click.option("--activations", help="Static, dynamic, or none (only weights).  [default: static]"),
+    "precision": click.option("--precision", help="Of static activations: int8, int16 or float.  [default: int8]"),
+    "weights": click.option("--weights", help="Type of weights: int8, int4, uint4, int2 or uint2.  [default: int8]"),
+    "block_size": click.option(
+        "--block-size", type=int, help="Weights that share a scale; 0: a channel's.  [default: 0]"
+    ),
+    "rounding": click.option(
+        "--rounding", help="What chooses codes of weights: nearest, gptq, adaround.  [default: auto]"
+    ),
+    "rounding_budget": click.option("--rounding-budget", type=float, help="Seconds for adaround.  [default: 600]"),
+    "bias_correction": click.option(
+        "--bias-correction/--no-bias-correction", default=None, help="Keep means of outputs.  [default: on]"
+    ),
+    "smooth": click.option(
+        "--smooth/--no-smooth", default=None, help="SmoothQuant before matrix products.  [default: on]"
+    ),
+    "equalize": click.option(
+        "--equalize/--no-equalize", default=None, help="Cross-layer equalization.  [default: off]"
+    ),
+}
+"""The options of `edgekit.Method`, by its field names."""
+
+
+def _method_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    layers = click.option(
+        "--layer", "layers", multiple=True, metavar="PATTERN:KEY=VALUE,...", help="Other choices for some layers."
+    )
+    keep = click.option("--keep-float", multiple=True, metavar="PATTERN", help="Layers to leave in float.")
+    for option in reversed([*METHOD.values(), layers, keep]):
+        command = option(command)
+    return command
+
+
 _json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, for machines.")
 _folder = click.argument("folder", metavar="OUT", type=click.Path(path_type=Path))
 
@@ -72,8 +109,8 @@ _folder = click.argument("folder", metavar="OUT", type=click.Path(path_type=Path
 @click.option("--samples", type=int, help="How many samples calibrate.  [default: 512]")
 @click.option("--target", help="Compress for one target instead of all.")
 @click.option("--portable", is_flag=True, help="Compress for all targets (the default).")
-@click.option("--calibrator", help="How ranges are chosen: minmax, percentile, mse or kld.  [default: mse]")
 @click.option("--evaluate", metavar="MODULE:FUNCTION|PATH", help="The metric, or labelled data for top-1.")
+@_method_options
 @click.option("--recipe", type=click.Path(path_type=Path), help="A TOML file with these options and [data.preprocess].")
 @click.option("--trust-checkpoint", is_flag=True, default=None, help="Open checkpoints that run pickled code.")
 @_json
@@ -83,25 +120,29 @@ def compress(
     recipe: Path | None,
     target: str | None,
     portable: bool,
+    layers: tuple[str, ...],
+    keep_float: tuple[str, ...],
     as_json: bool,
     **given: Any,
 ) -> None:
     """Quantize SOURCE (.pt, .pth, .th, .safetensors, .pt2 or .onnx) after training, for every target."""
     from edgekit.console import progress_bars
     from edgekit.pipelines.compress import compress as run
-    from edgekit.pipelines.recipe import Recipe, load_recipe
+    from edgekit.pipelines.recipe import Recipe, load_recipe, merged_method
     from edgekit.target import PORTABLE
 
     if portable and target:
         raise click.UsageError("--portable and --target exclude each other: give one")
     file = load_recipe(recipe) if recipe else Recipe()
     options = file.compress.model_dump(exclude_none=True)
-    options |= {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in given.items() if value is not None}
+    method = merged_method(file.method, {name: given.pop(name) for name in METHOD & given.keys()}, layers, keep_float)
+    options |= given
     options |= {"target": PORTABLE} if portable else {"target": target} if target else {}
     if "calibration" not in options:
         raise click.UsageError("Missing option '--calibration': samples of what the model sees in use.")
     with progress_bars(quiet=as_json) as on_progress, _stdout_for_json(as_json):
-        result = run(source, out, preprocess=file.data.preprocess, on_progress=on_progress, **options)
+        result = run(source, out, method=method, preprocess=file.data.preprocess, on_progress=on_progress, **options)
     if as_json:
         _print_json(result.record)
     else:
@@ -252,7 +293,7 @@ def _print_compressed(result: CompressResult) -> None:
 
     record = result.record
     click.echo(
-        f"{result.model}: {record.source.name} for {record.target!r}, {record.calibrator} ranges of {record.samples} samples"
+        f"{result.model}: {record.source.name} for {record.target!r}, {record.method.summary} from {record.samples} samples"
     )
     if record.float_metric and record.simulated_metric:
         name, before, after = record.float_metric.name, record.float_metric.value, record.simulated_metric.value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
@@ -59,7 +60,7 @@ class Method(Table):
     weights: WeightType = "int8"
     block_size: BlockSize = 0
     calibrator: str = AUTO
-    rounding: Rounding = "nearest"
+    rounding: Rounding = "gptq"
     rounding_budget: Annotated[float, Field(gt=0)] = 600.0
     bias_correction: bool = True
     smooth: bool = True
@@ -70,7 +71,9 @@ class Method(Table):
     @classmethod
     def _is_known(cls, name: str) -> str:
         if name not in CALIBRATORS:
-            raise ValueError(f"is {name!r}; known calibrators: {', '.join(CALIBRATORS)}")
+            near = difflib.get_close_matches(name, CALIBRATORS, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"{hint}known calibrators: {', '.join(CALIBRATORS)}")
         return name
 
     def for_layer(self, name: str) -> Method:
@@ -81,6 +84,19 @@ class Method(Table):
                 changes |= layer.model_dump(exclude_none=True, exclude={"match"})
         return self.model_copy(update=changes) if changes else self
 
+    @property
+    def calibrators(self) -> set[str]:
+        """All that are asked for, for some layers or others."""
+        return {self.calibrator, *(layer.calibrator for layer in self.layers if layer.calibrator is not None)}
+
+    @property
+    def summary(self) -> str:
+        """The main choices in a few words."""
+        weights = f"{self.weights} weights" + (f" in blocks of {self.block_size}" if self.block_size else "")
+        if self.activations != "static":
+            return f"{weights}, {'dynamic' if self.activations == 'dynamic' else 'float'} activations"
+        return f"{weights}, {self.precision} activations, {self.calibrator!r} ranges"
+
     def weight_spec(self, wanted: QuantSpec) -> QuantSpec:
         """The grid of a weight: the target's, with this type and block size."""
         if self.weights == wanted.dtype and not self.block_size:
@@ -90,3 +106,7 @@ class Method(Table):
         return QuantSpec(
             self.weights, symmetric=signed, per_channel=True, narrow_range=narrow, block_size=self.block_size
         )
+
+
+EVERYTHING = Method()
+"""The default: weights and activations in 8 bits, ranges by the error at the layers' outputs."""

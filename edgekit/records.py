@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError
 
 from edgekit.data.images import Preprocess
 from edgekit.errors import OutputError
+from edgekit.method import Method
 from edgekit.output import sha256
 from edgekit.target import Target
 from edgekit.toml_file import Table
@@ -54,7 +55,7 @@ class Compressed(Table):
     versions: dict[str, str]
     source: Source
     target: str
-    calibrator: str
+    method: Method
     samples: int
     held_back: int
     evaluate: str = ""
@@ -65,6 +66,8 @@ class Compressed(Table):
     layers: tuple[LayerRecord, ...] = ()
     stays_float: dict[str, int] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    sensitivity: tuple[LayerSensitivity, ...] = ()
+    lifted: Lifted | None = None
 
 
 class OutputProof(Table):
@@ -138,6 +141,7 @@ class Manifest(Table):
     float_metric: Metric | None = None
     metric_source: str = ""
     notes: tuple[str, ...] = ()
+    placement: TunedPlacement | None = None
 
     @property
     def artifact_bytes(self) -> int:
@@ -269,3 +273,99 @@ def read_manifests(folder: Path) -> dict[str, Manifest]:
         manifest = read_record(path, Manifest, remedy="run `edgekit export` again")
         found[manifest.target] = manifest
     return found
+
+
+class LayerSensitivity(Table):
+    """What quantizing one node alone does.
+
+    Attributes:
+        name, op_type: of the node.
+        macs: multiply-accumulates for one sample; 0 for operators without weights.
+        local_sqnr_db: of the node's own output (dB, -200 to 200), its inputs and weight quantized.
+        output_sqnr_db, output_cosine: of the model's outputs, the lowest among them.
+        metric: the user's number; None where none was asked for.
+    """
+
+    name: str
+    op_type: str
+    macs: int
+    local_sqnr_db: float
+    output_sqnr_db: float
+    output_cosine: float
+    metric: float | None = None
+
+
+class LiftTrial(Table):
+    """What a model is worth with some of its quantized nodes in float, sorted by name; higher is better."""
+
+    lifted: tuple[str, ...]
+    value: float
+
+
+class LiftState(Table):
+    """What a search has tried so far; `key` stands for the model, the target, the samples and what is measured."""
+
+    key: str
+    trials: tuple[LiftTrial, ...] = ()
+
+
+class Lifted(Table):
+    """What it took to meet an accuracy floor.
+
+    Attributes:
+        floor: as the user gave it.
+        met: the simulated model meets it.
+        float_value, needed, before, after: the number that decides: of the float model, at the floor, with nothing lifted, and with
+            `lifted` in float.
+        lifted: the layers to keep in float, in the order of the ranking.
+        finished: the search came to its end, and no smaller set was found; else its time was up.
+        state: gives the search what it knows when it goes on.
+    """
+
+    floor: str
+    met: bool
+    float_value: float | None
+    needed: float
+    before: float
+    after: float
+    lifted: tuple[str, ...]
+    finished: bool
+    state: LiftState
+
+
+class PlacementStep(Table):
+    """A change that was timed: `layers` to `precision`; how many times faster it is, with the 95 % interval, or why it did not run."""
+
+    what: str
+    layers: tuple[str, ...]
+    precision: str
+    ratio: float | None = None
+    ci_low: float | None = None
+    ci_high: float | None = None
+    kept: bool = False
+    failure: str = ""
+
+
+class TunedPlacement(Table):
+    """Which layers run in float because a runtime is faster so.
+
+    Attributes:
+        key: stands for the annotated graph, the target, the runtime's version, the feeds' shapes and what had to be float.
+        keep_float: names of nodes, sorted; with those that had to be.
+        baseline_ms, tuned_ms: latency at the start and with `keep_float`, timed against each other; None where nothing was.
+        ratio, ci_low, ci_high: baseline over tuned, with its 95 % interval.
+        steps: what was tried, in order.
+        finished: every change that was thought of was timed; else the time was up.
+    """
+
+    key: str
+    target: str
+    runtime: str
+    keep_float: tuple[str, ...] = ()
+    baseline_ms: float | None = None
+    tuned_ms: float | None = None
+    ratio: float | None = None
+    ci_low: float | None = None
+    ci_high: float | None = None
+    steps: tuple[PlacementStep, ...] = ()
+    finished: bool = False

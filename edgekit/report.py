@@ -173,7 +173,7 @@ def _markdown(compressed: Compressed, manifests: dict[str, Manifest], benchmarks
 
 def _compression(compressed: Compressed) -> list[str]:
     lines = [
-        f"- compressed for `{compressed.target}` with `{compressed.calibrator}` ranges from {compressed.samples} samples; "
+        f"- compressed for `{compressed.target}` with {compressed.method.summary} from {compressed.samples} samples; "
         f"{compressed.held_back} more were held back to verify exports with",
         f"- edgekit {compressed.edgekit}, "
         + ", ".join(f"{name} {number}" for name, number in compressed.versions.items()),

@@ -14,6 +14,8 @@ from edgekit.toml_file import Table, read_toml, validate
 
 Rule = Literal["quantize", "pass_through", "float"]
 Format = Literal["qdq", "qoperator", "integer"]
+WeightType = Literal["int8", "int4", "uint4", "int2", "uint2"]
+BlockSize = Literal[0, 16, 32, 64, 128, 256]
 
 PORTABLE = "portable"
 """The rules that every shipped target extends; models are compressed for it unless a target is named."""
@@ -101,6 +103,31 @@ class Quantization(Table):
         return self
 
 
+class Weights(Table):
+    """Weights as codes where activations have no grid, and tables that are looked up.
+
+    Attributes:
+        matmul: what the runtime multiplies floats with: types, and for each the block sizes; 0 is one scale an output channel.
+        channel_blocks: one scale an output channel is written as blocks of so many inputs, with the same scale each; 0 leaves it.
+        ragged: whether the last block may be shorter than the others.
+        shared: whether two layers may read the same codes; else each has its own.
+        add_axis: whether products of two axes that a bias follows are written with three.
+        conv: the types for Conv and ConvTranspose, which stay float with any other.
+        dynamic: who quantizes activations at inference: "graph" by operators for it, in front of MatMul and Gemm; "runtime" by
+            itself, when it meets weights as codes; "never".
+        tables: look up "codes", "dequantize" before the look-up, or "float".
+    """
+
+    matmul: dict[WeightType, tuple[BlockSize, ...]] = Field(default_factory=dict)
+    channel_blocks: BlockSize = 0
+    ragged: bool = False
+    shared: bool = True
+    add_axis: bool = False
+    conv: tuple[WeightType, ...] = ()
+    dynamic: Literal["graph", "runtime", "never"] = "never"
+    tables: Literal["codes", "dequantize", "float"] = "float"
+
+
 class Runtime(Table):
     """How the runtime is set up; `options` go to it as they are."""
 
@@ -119,6 +146,7 @@ class Target(Table):
     device: Device = Device()
     graph: Graph = Graph()
     quantization: Quantization = Quantization()
+    weights: Weights = Weights()
     runtime: Runtime = Runtime()
 
     def rule_for(self, op_type: str) -> Rule:

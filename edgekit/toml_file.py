@@ -66,7 +66,8 @@ def _explain(mistake: dict[str, Any], kind: type[BaseModel], text: str) -> str:
         return f"{place}unknown key {where!r}; {hint}"
     if mistake["type"] == "missing":
         return f"key {where!r} is missing; add it"
-    expected = mistake["msg"][0].lower() + mistake["msg"][1:]
+    expected = mistake["msg"].removeprefix("Value error, ")
+    expected = expected[0].lower() + expected[1:]
     return f"{place}{where!r} is {mistake['input']!r}: {expected}"
 
 

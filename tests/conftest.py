@@ -98,7 +98,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyFiles:
 def compressed_once(tiny: TinyFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The network, compressed; not to be written to."""
     out = tmp_path_factory.mktemp("compressed") / "out"
-    edgekit.compress(tiny.model, out, calibration=tiny.data, evaluate=tiny.data, calibrator="kld")
+    edgekit.compress(
+        tiny.model, out, calibration=tiny.data, evaluate=tiny.data, method=edgekit.Method(calibrator="kld")
+    )
     return out
 
 

@@ -17,6 +17,7 @@ from edgekit.graph.annotations import annotated_values, get_params, set_params
 from edgekit.graph.io import save_onnx
 from edgekit.graph.run import Session
 from edgekit.lowering.qdq import lower_qdq
+from edgekit.method import Method
 from edgekit.passes.assign_specs import assign_specs
 from edgekit.passes.simplify import simplify
 from edgekit.passes.unify_params import unify_params
@@ -204,7 +205,9 @@ def annotate(model: ir.Model, *, target: Target | None = None, count: int = 16) 
     """The model with quant attributes from `count` samples, for the portable target unless another is given."""
     target = target or load_target("portable")
     wished = assign_specs(simplify(model), target)
-    calibrated = calibrate(wished, target, [Batch(samples(model, count))], estimator="minmax", threads=1)
+    calibrated = calibrate(
+        wished, target, [Batch(samples(model, count))], method=Method(calibrator="minmax"), threads=1
+    )
     return unify_params(calibrated, target)
 
 

@@ -23,6 +23,8 @@ LEVELS = (
     "training backend",
     "worker records",
     "measure metric proof report",
+    "sensitivity tuning",
+    "lift",
     "pipelines",
     "console",
     "demo",

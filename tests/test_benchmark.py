@@ -86,7 +86,9 @@ def test_a_missing_artifact_says_so(exported: Path, plugin: Path) -> None:
 
 
 def test_exports_of_an_earlier_compression_are_flagged(exported: Path, plugin: Path, tiny: Any, cli: Cli) -> None:
-    edgekit.compress(tiny.model, exported, calibration=tiny.data, calibrator="minmax", samples=40)
+    edgekit.compress(
+        tiny.model, exported, calibration=tiny.data, method=edgekit.Method(calibrator="minmax"), samples=40
+    )
     done = cli("benchmark", exported)
     assert done.code == 0
     assert "numpy: not timed: exported from an earlier compression; run `edgekit export` again" in done.stdout
@@ -96,7 +98,9 @@ def test_exports_of_an_earlier_compression_are_flagged(exported: Path, plugin: P
 def test_timings_of_an_earlier_export_are_not_shown(exported: Path, plugin: Path, tiny: Any) -> None:
     edgekit.benchmark(exported, iterations=1)
     assert summary(exported)[0].median_ms != ""
-    edgekit.compress(tiny.model, exported, calibration=tiny.data, calibrator="minmax", samples=40)
+    edgekit.compress(
+        tiny.model, exported, calibration=tiny.data, method=edgekit.Method(calibrator="minmax"), samples=40
+    )
     edgekit.export(exported, [str(plugin / "numpy.toml")])
     [row] = summary(exported)
     assert (row.median_ms, row.speedup) == ("", "")

@@ -203,7 +203,10 @@ def test_compress_export_and_benchmark_tell_people(tiny: TinyFiles, tmp_path: Pa
     done = cli("compress", tiny.model, "--calibration", tiny.data, "--evaluate", tiny.data, "--samples", 20, "-o", out)
     assert (done.code, done.stderr) == (0, "")
     first, metric, note = done.stdout.splitlines()
-    assert first == f"{out / 'model.onnx'}: tiny.onnx for 'portable', mse ranges of 20 samples"
+    assert (
+        first
+        == f"{out / 'model.onnx'}: tiny.onnx for 'portable', int8 weights, int8 activations, 'auto' ranges from 20 samples"
+    )
     assert re.fullmatch(r"  top-1: 1\.0000 in float, 0\.\d{4} in simulated int8", metric)
     assert note == "  note: calibrated on 20 samples only; a few hundred give ranges that hold"
 
@@ -257,17 +260,25 @@ def test_a_recipe_gives_options_and_the_command_line_overrides_them(tiny: TinyFi
         [compress]
         calibration = {json.dumps(str(tiny.data))}
         samples = 33
-        calibrator = "minmax"
         target = "x86-openvino"
+        [method]
+        calibrator = "minmax"
+        layers = [{{ match = "conv*", precision = "float" }}]
     """)
     assert cli("compress", tiny.model, "--recipe", recipe, "-o", tmp_path / "a").code == 0
     record = read_compressed(tmp_path / "a")
-    assert (record.samples, record.calibrator, record.target, record.evaluate) == (33, "minmax", "x86-openvino", "")
+    assert (record.samples, record.method.calibrator, record.target, record.evaluate) == (
+        33,
+        "minmax",
+        "x86-openvino",
+        "",
+    )
 
     overriding = ("--samples", 40, "--calibrator", "kld", "--portable", "--evaluate", tiny.data)
     assert cli("compress", tiny.model, "--recipe", recipe, "-o", tmp_path / "b", *overriding).code == 0
     record = read_compressed(tmp_path / "b")
-    assert (record.samples, record.calibrator, record.target) == (40, "kld", "portable")
+    assert (record.samples, record.method.calibrator, record.target) == (40, "kld", "portable")
+    assert record.method.layers == (edgekit.LayerMethod(match="conv*", precision="float"),)
     assert record.evaluate == str(tiny.data)
 
 
@@ -543,9 +554,9 @@ def misspelt_key_in_target(folder: Path, tiny: TinyFiles) -> tuple[int, list[Any
 
 
 def misspelt_key_in_recipe(folder: Path, tiny: TinyFiles) -> tuple[int, list[Any], list[str]]:
-    (folder / "recipe.toml").write_text("[compress]\nsamples = 20\ncalibrater = 'kld'\n")
+    (folder / "recipe.toml").write_text("[method]\nsmooth = false\ncalibrater = 'kld'\n")
     arguments = [tiny.model, "--calibration", tiny.data, "--recipe", folder / "recipe.toml"]
-    return 5, arguments, ["recipe.toml", "line 3: unknown key 'compress.calibrater'; did you mean 'calibrator'?"]
+    return 5, arguments, ["recipe.toml", "line 3: unknown key 'method.calibrater'; did you mean 'calibrator'?"]
 
 
 def misspelt_key_in_preprocess(folder: Path, tiny: TinyFiles) -> tuple[int, list[Any], list[str]]:
@@ -561,7 +572,11 @@ def broken_recipe(folder: Path, tiny: TinyFiles) -> tuple[int, list[Any], list[s
 
 
 def unknown_calibrator(folder: Path, tiny: TinyFiles) -> tuple[int, list[Any], list[str]]:
-    return 5, [tiny.model, "--calibration", tiny.data, "--calibrator", "minmx"], ["'minmx'; did you mean 'minmax'?"]
+    return (
+        5,
+        [tiny.model, "--calibration", tiny.data, "--calibrator", "minmx"],
+        ["'calibrator' is 'minmx': did you mean 'minmax'?"],
+    )
 
 
 def raising_metric(folder: Path, tiny: TinyFiles) -> tuple[int, list[Any], list[str]]:
@@ -740,7 +755,7 @@ def test_an_interruption_leaves_the_previous_result(
 
 
 def test_a_bug_keeps_its_traceback(tiny: TinyFiles, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgekit.pipelines.compress.unify_params", lambda graph, rules: graph.no_such_attribute)
+    monkeypatch.setattr("edgekit.pipelines.quantize.unify_params", lambda graph, rules: graph.no_such_attribute)
     with pytest.raises(AttributeError, match="no_such_attribute"):
         cli("compress", tiny.model, "--calibration", tiny.data, "-o", tmp_path / "out")
     assert not (tmp_path / "out").exists()

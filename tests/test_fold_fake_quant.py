@@ -26,7 +26,9 @@ from edgekit.target import Target, load_target, target_names
 from graphs import Array, GraphBuilder, initializers, normal, op_types, run
 from networks import annotate, mixed_net, residual_net, samples, token_net
 
-DTYPES = [dtype for dtype in INTEGER_RANGES if dtype not in ("int32", "int2", "uint2")]  # opset 21 has no Quantize for these
+DTYPES = [
+    dtype for dtype in INTEGER_RANGES if dtype not in ("int32", "int2", "uint2")
+]  # opset 21 has no Quantize for these
 
 
 def grid(dtype: str = "uint8", scale: Any = 0.05, zero_point: Any = 128, **fields: Any) -> QuantParams:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
@@ -11,7 +12,16 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from edgekit.errors import DataError
-from edgekit.quant.observers import BINS, CHUNK, Histogram, HistogramObserver, MinMaxObserver
+from edgekit.quant.observers import (
+    BINS,
+    CHUNK,
+    RARE,
+    SPAN,
+    STRIDE,
+    Histogram,
+    HistogramObserver,
+    MinMaxObserver,
+)
 
 LARGEST = float(np.finfo(np.float32).max)
 SMALLEST = 2.0**-149
@@ -157,3 +167,63 @@ def test_centers_stand_in_the_middle_of_their_bins() -> None:
     histogram = seen(np.array([3.0], np.float32)).histogram()
     assert histogram.width == 4.0 / BINS
     np.testing.assert_array_equal(histogram.centers[[0, BINS]], [-4.0 + 2.0 / BINS, 2.0 / BINS])
+
+
+SAMPLED: dict[str, Callable[[np.random.Generator, int], NDArray[np.float64]]] = {
+    "gauss": lambda rng, n: rng.normal(0, 1, n),
+    "relu": lambda rng, n: np.maximum(rng.normal(0, 1, n), 0),
+    "heavy": lambda rng, n: rng.standard_t(2, n),
+    "uniform": lambda rng, n: rng.uniform(-3, 5, n),
+    "negative": lambda rng, n: -rng.lognormal(0, 1.5, n),
+    "constant": lambda rng, n: np.full(n, 0.7),
+    "huge": lambda rng, n: rng.normal(0, 5e37, n),
+    "denormal": lambda rng, n: rng.normal(0, 1e-40, n),
+    "one number": lambda rng, n: np.eye(1, n, 5)[0],
+    "zeros": lambda rng, n: np.zeros(n),
+}
+
+
+@pytest.mark.parametrize("size", [CHUNK + 1, SPAN, 3 * SPAN + 5])
+@pytest.mark.parametrize("name", SAMPLED)
+def test_sampling_is_exact_in_the_tails_and_close_in_the_bulk(name: str, size: int) -> None:
+    x = SAMPLED[name](np.random.default_rng(size), size).astype(np.float32)
+    sampled, full = HistogramObserver(sampled=True), seen(x).histogram()
+    sampled.update(x)
+    found = sampled.histogram()
+    assert (found.min, found.max, found.width, sampled.count) == (full.min, full.max, full.width, size)
+    assert (found.average_min, found.average_max) == (full.min, full.max)
+    picked = [x[i : i + SPAN][i // SPAN :: STRIDE].astype(np.float64) for i in range(0, size, SPAN)]
+    limit = RARE * max(float(np.sqrt(np.mean(np.square(values)))) for values in picked)
+    tails = np.abs(found.centers) > limit + found.width
+    np.testing.assert_array_equal(found.counts[tails], full.counts[tails])
+    assert abs(found.count - size) <= 0.01 * size
+    distance = np.abs(np.cumsum(found.counts) - np.cumsum(full.counts)).max() / size
+    assert distance <= 2.5 * np.sqrt(STRIDE / size)
+
+
+def test_few_values_are_all_counted_by_a_sampled_observer() -> None:
+    x = np.random.default_rng(0).normal(0, 1, CHUNK).astype(np.float32)
+    sampled = HistogramObserver(sampled=True)
+    sampled.update(x)
+    assert_same(sampled.histogram(), seen(x).histogram())
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+def test_a_sampled_observer_finds_every_broken_value(broken: float) -> None:
+    x = np.ones(2 * SPAN, np.float32)
+    x[SPAN + 3] = broken
+    sampled = HistogramObserver(sampled=True)
+    with pytest.raises(DataError, match=f"found 1 NaN or infinite values among {2 * SPAN}"):
+        sampled.update(x)
+    assert (sampled.count, sampled.histogram().counts.sum()) == (0, 0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(arrays.filter(lambda x: x.size > 0), min_size=1, max_size=6), st.integers(0, 5))
+def test_averages_are_exact_means_over_samples_in_any_order(batches: list[NDArray[np.float32]], cut: int) -> None:
+    left, right = seen(*batches[cut:]), seen(*reversed(batches[:cut]))
+    left.merge(right)
+    histogram = left.histogram()
+    count = len(batches)
+    assert histogram.average_min == float(sum(Fraction(float(x.min())) for x in batches) / count)
+    assert histogram.average_max == float(sum(Fraction(float(x.max())) for x in batches) / count)

@@ -7,6 +7,7 @@ import pytest
 
 import edgekit
 from edgekit.errors import OutputError
+from edgekit.method import Method
 from edgekit.output import sha256
 from edgekit.records import (
     BENCHMARKS,
@@ -43,7 +44,7 @@ def compressed_record(folder: Path, **changes: object) -> Compressed:
         versions={"python": "3.11.7", "onnx": "1.19"},
         source=Source(name="net.pt", kind="pt"),
         target="portable",
-        calibrator="kld",
+        method=Method(calibrator="kld"),
         samples=280,
         held_back=40,
         model_sha256=sha256(folder / MODEL),
@@ -239,7 +240,8 @@ def test_the_report_tells_all_in_markdown_and_json(tmp_path: Path) -> None:
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     for line in (
         "# net.pt",
-        "- compressed for `portable` with `kld` ranges from 280 samples; 40 more were held back to verify exports with",
+        "- compressed for `portable` with int8 weights, int8 activations, 'kld' ranges from 280 samples; "
+        "40 more were held back to verify exports with",
         "- edgekit 0.1.0, python 3.11.7, onnx 1.19",
         "- top-1: float 99.20 %, simulated int8 99.00 %",
         "- stays float: 2 Softmax",

@@ -15,6 +15,7 @@ from edgekit.errors import BackendError
 from edgekit.lowering.qdq import lower_qdq
 from edgekit.lowering.saturation import saturation_warnings
 from edgekit.target import Target
+from edgekit_onnxruntime.attention import fuse_transformer
 
 _MACHINES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
 
@@ -39,8 +40,12 @@ class OnnxRuntimeBackend:
         )
 
     def lower(self, model: ir.Model, target: Target, *, keep_float: frozenset[str]) -> ir.Model:
-        """The Quantize/DequantizeLinear graph that ONNX Runtime fuses to integer kernels."""
-        return lower_qdq(model, target, keep_float=keep_float)
+        """The Quantize/DequantizeLinear graph that ONNX Runtime fuses to integer kernels, with its own operators for transformers.
+
+        These are for the format `qdq` alone: the other formats start from Quantize/DequantizeLinear.
+        """
+        lowered = lower_qdq(model, target, keep_float=keep_float)
+        return fuse_transformer(lowered) if target.graph.format == "qdq" else lowered
 
     def check(self, model: ir.Model, target: Target) -> list[str]:
         """Weights that saturate on CPUs without VNNI. What ONNX Runtime does not take at all, it says itself."""

@@ -110,7 +110,8 @@ def _grid_rules(dequantize: ir.Node) -> list[str]:
     if codes is None or zero_point is None or zero_point.const_value is None:
         return []
     found = []
-    if codes.const_value is not None and zero_point.const_value.numpy().any():
+    eight_bits = zero_point.const_value.dtype in (DTYPES["int8"], DTYPES["uint8"])
+    if codes.const_value is not None and eight_bits and zero_point.const_value.numpy().any():
         found.append(f"weight {codes.name!r} has a zero point other than 0: OpenVINO runs its layer in f32")
     if zero_point.const_value.dtype in (DTYPES["int16"], DTYPES["uint16"]):
         found.append(f"{dequantize.name!r} is a 16-bit grid: OpenVINO drops it, its clamp too")

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from edgekit.calibration.observe import open_batch_axis
 from edgekit.data import Batch
 from edgekit.graph.operators import LINEAR, Roles, int_attribute, roles
 from edgekit.graph.run import Session, with_outputs
@@ -22,7 +23,7 @@ F32 = NDArray[np.float32]
 
 ROWS = 1024
 """Of each layer, about: enough to tell ranges and shifts apart. More only where a Hessian is made of them."""
-SAMPLES = 128
+SAMPLES = 256
 """The most samples that rows are taken from, about."""
 
 
@@ -119,9 +120,23 @@ def numbers(value: ir.Value) -> F32:
     return np.asarray(value.const_value.numpy(), np.float32)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RowSample:
+    """What layers read.
+
+    Attributes:
+        rows: `(groups, n, K)`, a sample.
+        low, high: `(channels,)`, the extremes of each channel over all positions of the samples that rows were taken from.
+    """
+
+    rows: F32
+    low: F32
+    high: F32
+
+
 RowsKey = tuple[str, Geometry]
-Rows = Mapping[RowsKey, F32]
-"""Rows `(groups, n, K)` by the name of the value and how it is read."""
+Rows = Mapping[RowsKey, RowSample]
+"""By the name of the value and how it is read."""
 
 
 def rows_key(layer: LinearLayer) -> RowsKey:
@@ -137,17 +152,29 @@ def collect_rows(
     samples: int,
     rows: int = ROWS,
     threads: int = 0,
-) -> dict[RowsKey, F32]:
+) -> dict[RowsKey, RowSample]:
     """Rows of what each of `layers` reads: about `rows` of each, from about `SAMPLES` of the `samples` that `batches` hold."""
     share = -(-samples // SAMPLES)
     each = max(1, -(-rows * share // max(1, samples)))
-    found: dict[RowsKey, list[tuple[int, F32]]] = {rows_key(layer): [] for layer in layers}
+    found: dict[RowsKey, list[tuple[int, RowSample]]] = {rows_key(layer): [] for layer in layers}
     names = list(dict.fromkeys(name for name, _ in found))
     for checksum, arrays in run_samples(model, names, batches, share=share, threads=threads):
         for (name, geometry), parts in found.items():
-            parts.append((checksum, rows_of(arrays[name], geometry, each)))
+            parts.append((checksum, _row_sample(arrays[name], geometry, each)))
     ordered = {key: sorted(parts, key=lambda part: part[0]) for key, parts in found.items() if parts}
-    return {key: np.concatenate([part for _, part in parts], axis=1) for key, parts in ordered.items()}
+    return {key: _joined([part for _, part in parts]) for key, parts in ordered.items()}
+
+
+def _row_sample(array: NDArray[np.generic], geometry: Geometry, count: int) -> RowSample:
+    channel = 1 if geometry.kind == "patches" else array.ndim - 1
+    others = tuple(axis for axis in range(array.ndim) if axis != channel)
+    low, high = (np.asarray(extreme(array, axis=others), np.float32) for extreme in (np.min, np.max))
+    return RowSample(rows_of(array, geometry, count), low, high)
+
+
+def _joined(parts: Sequence[RowSample]) -> RowSample:
+    low, high = np.min([part.low for part in parts], axis=0), np.max([part.high for part in parts], axis=0)
+    return RowSample(np.concatenate([part.rows for part in parts], axis=1), low, high)
 
 
 def run_samples(
@@ -157,16 +184,13 @@ def run_samples(
     inputs = {value.name: value for value in model.graph.inputs}
     computed = [name for name in names if name not in inputs]
     session = Session(with_outputs(model, set(computed)), optimize=True, threads=threads)
-    cut = all(
-        value.shape is not None and value.shape and not isinstance(value.shape[0], int) for value in inputs.values()
-    )
 
     def values(feeds: dict[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
         made = session.run(feeds, outputs=computed) if computed else {}
         return {name: made[name] if name in made else feeds[name] for name in names}
 
     first: dict[str, NDArray[np.generic]] | None = None
-    for feeds in _samples(batches, cut=cut):
+    for feeds in _samples(batches, cut=open_batch_axis(model)):
         checksum = _checksum(feeds)
         if checksum % share == 0:
             first = {}

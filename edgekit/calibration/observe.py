@@ -1,13 +1,18 @@
-"""The first pass of calibration: what range, and what distribution, each tensor has over the samples.
+"""The first pass over the calibration data: what range each tensor has over the samples.
 
-Memory is flat in the number of samples: each batch's activations are folded into histograms and forgotten. The histograms' bins
-are powers of two wide, so their sum depends neither on the order of batches nor on their size; only ONNX Runtime itself may round
-another way for another batch size.
+Memory is flat in the number of samples: samples run one at a time in each worker, and their activations are folded into
+histograms and forgotten. A sample counts the same whatever stood beside it in its batch, and the histograms add up exactly, so
+they depend neither on the order of the samples nor on how they are cut into batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -18,6 +23,11 @@ from edgekit.errors import DataError
 from edgekit.graph.run import Session, with_outputs
 from edgekit.quant.observers import HistogramObserver
 
+Observers = dict[ir.Value, HistogramObserver]
+
+WORKERS = 4
+"""The most samples under way at once: each holds the activations of one sample. More threads go into each inference."""
+
 
 def observe(
     model: ir.Model,
@@ -26,32 +36,111 @@ def observe(
     *,
     threads: int,
     on_batch: Callable[[int], None] | None,
-) -> dict[ir.Value, HistogramObserver]:
+    detail: Literal["tails", "histogram"] = "histogram",
+) -> Observers:
     """Run `model` over the batches and observe the values of graph `values`: see the module.
+
+    A sample is an index of axis 0 of a batch where the model's inputs leave that axis open, else a batch.
+
+    Args:
+        model: float.
+        values: of its graph, activations.
+        batches: in any order, of any sizes and shapes; read from the calling thread.
+        threads: that infer and count; 0 uses all processors.
+        on_batch: told the number of samples of each batch once it is counted, from the calling thread.
+        detail: "histogram" counts every value, as KLD needs; with "tails", extremes and rare values are exact and the rest is a
+            sample of them, which is faster and enough for everything else: see `HistogramObserver`.
 
     Raises:
         DataError: no samples, or a tensor becomes NaN or Inf.
+        GraphError: ONNX Runtime cannot load or run the model.
     """
     if not values:
         return {}
-    observers = {value: HistogramObserver() for value in values}
-    inputs = {value.name: value for value in values if value.is_graph_input()}
-    computed = [value for value in values if not value.is_graph_input()]
-    session = Session(with_outputs(model, {value.name or "" for value in computed}), optimize=True, threads=threads)
+    threads = threads or os.cpu_count() or 1
+    workers = min(threads, WORKERS)
+    watch = _Watch(model, values, threads=threads // workers)
+    idle: SimpleQueue[Observers] = SimpleQueue()
+    teams = [{value: HistogramObserver(sampled=detail == "tails") for value in values} for _ in range(workers)]
+    for team in teams:
+        idle.put(team)
+
+    def count(feeds: dict[str, NDArray[np.generic]]) -> None:
+        team = idle.get()
+        try:
+            watch.update(team, feeds)
+        finally:  # or the others would wait for it for ever
+            idle.put(team)
+
     seen = 0
-    for batch in batches:
-        for name, value in inputs.items():
-            _update(observers[value], batch.feeds[name or ""], value)
-        if computed:
-            arrays = session.run(batch.feeds, outputs=[value.name or "" for value in computed])
-            for value in computed:
-                _update(observers[value], arrays[value.name or ""], value)
-        seen += len(batch)
-        if on_batch is not None:
-            on_batch(len(batch))
+    with ThreadPoolExecutor(workers) as pool:
+        for size in _in_order(pool, workers, count, batches, cut=open_batch_axis(model)):
+            seen += size
+            if on_batch is not None and size:
+                on_batch(size)
     if not seen:
         raise DataError("the calibration data holds no samples; give at least one (a few hundred make good ranges)")
-    return observers
+    for team in teams[1:]:
+        for value, observer in team.items():
+            teams[0][value].merge(observer)
+    return teams[0]
+
+
+class _Watch:
+    """A session that shows the values of a graph; several threads may use it at once, with observers of their own."""
+
+    def __init__(self, model: ir.Model, values: list[ir.Value], *, threads: int) -> None:
+        self._inputs = [value for value in values if value.is_graph_input()]
+        self._computed = [value for value in values if not value.is_graph_input()]
+        self._names = [value.name or "" for value in self._computed]
+        if self._computed:
+            self._session = Session(with_outputs(model, set(self._names)), optimize=True, threads=threads)
+
+    def update(self, observers: Observers, feeds: dict[str, NDArray[np.generic]]) -> None:
+        """Run one sample and let the observers see it; each activation is let go of as soon as it was seen."""
+        for value in self._inputs:
+            _update(observers[value], feeds[value.name or ""], value)
+        if not self._computed:
+            return
+        arrays = self._session.run(feeds, outputs=self._names)
+        for value, name in zip(self._computed, self._names, strict=True):
+            _update(observers[value], arrays.pop(name), value)
+
+
+def _in_order(
+    pool: ThreadPoolExecutor,
+    workers: int,
+    count: Callable[[dict[str, NDArray[np.generic]]], None],
+    batches: Iterable[Batch],
+    *,
+    cut: bool,
+) -> Iterator[int]:
+    """Have the pool count all samples, few of them waiting; the number of samples of each batch, once all are counted."""
+    running: deque[tuple[Future[None], int]] = deque()
+    for batch in batches:
+        samples = _samples(batch) if cut and not batch.single else [batch.feeds]
+        for index, feeds in enumerate(samples):
+            last = index == len(samples) - 1
+            running.append((pool.submit(count, feeds), len(batch) if last else 0))
+            if len(running) > workers:
+                yield _finished(running)
+    while running:
+        yield _finished(running)
+
+
+def _finished(running: deque[tuple[Future[None], int]]) -> int:
+    future, size = running.popleft()
+    future.result()
+    return size
+
+
+def _samples(batch: Batch) -> list[dict[str, NDArray[np.generic]]]:
+    return [{name: array[i : i + 1] for name, array in batch.feeds.items()} for i in range(len(batch))]
+
+
+def open_batch_axis(model: ir.Model) -> bool:
+    """Whether every input leaves the size of axis 0 open."""
+    return all(value.shape and not isinstance(value.shape[0], int) for value in model.graph.inputs)
 
 
 def _update(observer: HistogramObserver, array: NDArray[np.generic], value: ir.Value) -> None:

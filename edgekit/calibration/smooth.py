@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgekit.calibration.layer_rows import LinearLayer, Rows, linear_layers, matrix, numbers, rows_key
+from edgekit.calibration.layer_rows import LinearLayer, Rows, RowSample, linear_layers, matrix, numbers, rows_key
 from edgekit.graph.annotations import all_values, fresh_name
 from edgekit.graph.operators import copy_type, is_constant, roles
 from edgekit.graph.rules import quantized_nodes
@@ -79,7 +79,7 @@ def smooth(model: ir.Model, target: Target, rows: Rows) -> ir.Model:
         known = rows.get(rows_key(group.layers[0]))
         if known is None:
             continue
-        factor, left = _best_factor(known[0, :ROWS], group.layers, activation, weight)
+        factor, left = _best_factor(known, group.layers, activation, weight)
         if left >= (1.0 if group.places is not None else WORTH_A_NODE):
             continue
         for layer in group.layers:
@@ -131,17 +131,17 @@ def _groups(layers: Sequence[LinearLayer]) -> Iterator[_Group]:
 
 
 def _best_factor(
-    rows: F32, layers: Sequence[LinearLayer], activation: QuantSpec, weight: QuantSpec
+    known: RowSample, layers: Sequence[LinearLayer], activation: QuantSpec, weight: QuantSpec
 ) -> tuple[F32, float]:
     """The factor of least error at the layers' outputs, and what it leaves of the error without one."""
+    rows = known.rows[0, :ROWS]
     matrices = [matrix(layer, numbers(layer.weight))[0] for layer in layers]
     outputs = [rows @ w for w in matrices]
     energies = [max(float(np.square(y, dtype=np.float64).sum()), 1e-30) for y in outputs]
 
     def error(factor: F32) -> float:
-        divided = rows / factor
-        params = choose_params(min(float(divided.min()), 0.0), max(float(divided.max()), 0.0), activation)
-        rounded = fake_quantize(divided, params)
+        params = choose_params(min((known.low / factor).min(), 0.0), max((known.high / factor).max(), 0.0), activation)
+        rounded = fake_quantize(rows / factor, params)
         total = 0.0
         for w, y, energy in zip(matrices, outputs, energies, strict=True):
             scaled = w * factor[:, None]
@@ -149,7 +149,7 @@ def _best_factor(
             total += float(np.square(difference, dtype=np.float64).sum()) / energy
         return total
 
-    reach = np.abs(rows).max(axis=0)
+    reach = np.maximum(-known.low, known.high)
     pull = np.max([np.abs(w).max(axis=1) for w in matrices], axis=0)
     alive = (reach > 0) & (pull > 0)
     best, least = np.ones(len(reach), np.float32), error(np.ones(len(reach), np.float32))

@@ -63,7 +63,7 @@ def quantized_nodes(
         found = _roles_if_ruled(node, target)
         kept = found is None or node.name in keep_float or precision(node) == "float"
         if not kept and found is not None and node.op_type in LINEAR:
-            kept = not _is_layer(found) and (node not in leading or _in_attention(node, target)) or _expects(node)
+            kept = (not _is_layer(found) and (node not in leading or _in_attention(node, target))) or _expects(node)
         elif not kept and found is not None:
             reads = {node.inputs[i] for i in found.activations}
             ends = node not in leading and node.op_type not in POOLS

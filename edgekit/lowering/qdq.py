@@ -9,11 +9,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgekit.errors import GraphError
-from edgekit.graph.annotations import DTYPES, annotated_values, code_tensor, fresh_name, get_params, set_params
-from edgekit.graph.operators import Roles, bias_place, copy_type, is_constant
+from edgekit.graph.annotations import DTYPES, annotated_values, fresh_name, get_params, set_params
+from edgekit.graph.operators import Roles, copy_type, is_constant
+from edgekit.lowering.grid_writer import GridWriter, numbers
 from edgekit.lowering.placement import Placement, place
+from edgekit.lowering.tables import lower_tables
+from edgekit.lowering.weight_only import lower_weights
 from edgekit.lowering.writer import node_name, remove_dead
-from edgekit.quant.affine import TINY, middle_code, quantize, regrid, weight_params
+from edgekit.quant.affine import TINY, constant_codes, middle_code, quantize, regrid, weight_params
 from edgekit.quant.spec import QuantParams, QuantSpec
 from edgekit.target import Target
 
@@ -21,6 +24,7 @@ _OLDEST = 13
 """The first opset with a scale for each channel."""
 _BIAS = 2
 """The input of Conv, ConvTranspose and Gemm that is the bias."""
+NARROW = ("int4", "int2")
 _LARGEST_BIAS = 2**30
 """In codes; what int32 holds beyond it is left to the sum of products."""
 
@@ -28,27 +32,31 @@ _LARGEST_BIAS = 2**30
 def lower_qdq(model: ir.Model, target: Target, *, keep_float: frozenset[str] = frozenset()) -> ir.Model:
     """The annotated `model` as the Quantize/DequantizeLinear graph that `target` asks for.
 
-    1. Grids are re-expressed on the target's types.
-    2. `place` decides which tensors pass through Q/DQ and who reads them, by the target's rules.
-    3. Activation functions that saturation makes redundant go out.
-    4. Weights become codes behind a DequantizeLinear; biases too where the target wants int32.
-    5. Q/DQ go in on activations.
+    1. Tables that are looked up, and weights of layers whose activations have no grid, become codes.
+    2. All other grids are re-expressed on the target's types.
+    3. `place` decides which tensors pass through Q/DQ and who reads them, by the target's rules.
+    4. Activation functions that saturation makes redundant go out.
+    5. Weights become codes behind a DequantizeLinear; biases too where the target wants int32.
+    6. Q/DQ go in on activations.
 
     Nodes in `keep_float` stay float. All attributes are gone from the result.
 
     Raises:
         GraphError: a trained grid cannot be expressed on this target, or the model's opset has no per-channel Q/DQ.
+        TargetError: the target does not execute a layer's weights without a grid for its activations.
     """
     model = model.clone()
     if model.opset_imports.get("", 0) < _OLDEST:
         raise GraphError(
             f"the model has opset {model.opset_imports.get('', 0)}; expected {_OLDEST} or later: compress it again"
         )
+    lowering = _Lowering(model.graph, target)
+    lower_tables(lowering, target, keep_float)
+    lower_weights(model, lowering, target, keep_float)
     _regrid(model, target)
     placement = place(model, target, keep_float=keep_float)
     for node in placement.redundant:
         _remove_activation(model.graph, node)
-    lowering = _Lowering(model.graph, target)
     for node, parts in placement.quantized.items():
         lowering.lower_weight(node, parts)
     for value in [*model.graph.inputs, *(output for node in model.graph for output in node.outputs)]:
@@ -81,11 +89,15 @@ def _weight_grid(weight: ir.Value, params: QuantParams, spec: QuantSpec) -> Quan
     middle = bool(np.all(params.zero_point == middle_code(params.dtype)))
     if params.dtype == spec.dtype and (params.axis is None or spec.per_channel) and (middle or not spec.symmetric):
         return params
+    if params.dtype in NARROW and middle and spec.dtype == "int8" and not params.block_size:
+        return replace(
+            params, dtype="int8", codes=constant_codes(numbers(weight), params)
+        )  # the same numbers, in wider codes
     if params.fixed:
         return regrid(params, replace(spec, narrow_range=spec.narrow_range and params.narrow_range))
     axis = params.axis if spec.per_channel else None
     return weight_params(
-        _numbers(weight), replace(spec, per_channel=axis is not None), axis=axis, observer=params.observer
+        numbers(weight), replace(spec, per_channel=axis is not None), axis=axis, observer=params.observer
     )
 
 
@@ -100,11 +112,6 @@ def _codes(weight: NDArray[np.float32], params: QuantParams, chosen: QuantParams
     return np.where(same, chosen.codes, nearest)
 
 
-def _numbers(constant: ir.Value) -> NDArray[np.float32]:
-    assert constant.const_value is not None
-    return np.asarray(constant.const_value.numpy(), np.float32)
-
-
 def _remove_activation(graph: ir.Graph, node: ir.Node) -> None:
     """Take out a Relu or Clip; its input takes over its output's name, readers and grid."""
     source, output = node.inputs[0], node.outputs[0]
@@ -116,7 +123,7 @@ def _remove_activation(graph: ir.Graph, node: ir.Node) -> None:
     set_params(source, params)
 
 
-class _Lowering:
+class _Lowering(GridWriter):
     """Writes Q/DQ into one graph.
 
     Attributes:
@@ -124,12 +131,9 @@ class _Lowering:
     """
 
     def __init__(self, graph: ir.Graph, target: Target) -> None:
-        self.graph = graph
+        super().__init__(graph)
         self.integer_bias = target.quantization.bias == "int32"
         self.codes: dict[ir.Value, ir.Value] = {}
-        values = (value for node in graph.all_nodes() for value in (*node.inputs, *node.outputs) if value is not None)
-        self._values = {value.name for value in (*graph.inputs, *graph.initializers.values(), *values)}
-        self._nodes = {node.name for node in graph.all_nodes()}
         self._weights: dict[tuple[ir.Value, bytes], ir.Value] = {}
 
     def lower_weight(self, node: ir.Node, parts: Roles) -> None:
@@ -142,7 +146,7 @@ class _Lowering:
             "place chooses only nodes with grids"
         )
         if params.shift is not None:
-            self._take_off(node, params.shift, weight)
+            self.take_off(node, params.shift, weight)
         row = _bias_row(node, parts, weight) if self.integer_bias else None
         if row is not None:
             params = _widened(params, activation, row)
@@ -151,24 +155,12 @@ class _Lowering:
             grid = QuantParams("int32", scale, np.zeros(scale.shape, np.int64), 0 if scale.ndim else None)
             codes = np.rint(row / scale.astype(np.float64))
             assert np.all(np.abs(codes) <= 2 * _LARGEST_BIAS)
-            node.replace_input_with(_BIAS, self._constant(node, f"{node_name(node)}_bias", codes, grid, weight))
+            node.replace_input_with(_BIAS, self.constant(node, f"{node_name(node)}_bias", codes, grid, weight))
         key = (weight, params.scale.tobytes())
         if key not in self._weights:
-            codes = _codes(_numbers(weight), params, chosen)
-            self._weights[key] = self._constant(node, str(weight.name), codes, params, weight)
+            codes = _codes(numbers(weight), params, chosen)
+            self._weights[key] = self.constant(node, str(weight.name), codes, params, weight)
         node.replace_input_with(parts.weight, self._weights[key])
-
-    def _take_off(self, node: ir.Node, shift: NDArray[np.float32], like: ir.Value) -> None:
-        """Subtract from a layer's bias what quantization adds to its output in the mean."""
-        place = bias_place(node)
-        assert place is not None, "a shift is known only where there is a place for it"
-        reader, index = place
-        old = reader.inputs[index] if len(reader.inputs) > index else None
-        bias = -shift if old is None else (_numbers(old).astype(np.float64) - shift).astype(np.float32)
-        if len(reader.inputs) <= index:
-            reader.resize_inputs(index + 1)
-        name = f"{node_name(node)}_bias" if old is None else f"{old.name}_corrected"
-        reader.replace_input_with(index, self._initializer(name, bias, like.dtype or ir.DataType.FLOAT))
 
     def lower_activation(self, value: ir.Value, placement: Placement) -> None:
         """Put a Q/DQ pair on a value that somebody reads as codes, or that an integer kernel makes."""
@@ -180,17 +172,17 @@ class _Lowering:
         name = value.name
         is_output = shared and value in self.graph.outputs
         if is_output:
-            value.name = fresh_name(f"{name}_float", self._values)
-        grid = self._grid(name, params, value)
+            value.name = fresh_name(f"{name}_float", self.values)
+        grid = self.grid(name, params, value)
         producer = value.producer()
         if producer is not None and producer in placement.integer_pads:
             codes = self._pad_codes(producer, grid[1])
         else:
-            codes = self._node_after(value, self._node("QuantizeLinear", [value, *grid], name))
+            codes = self.node_after(value, self.node("QuantizeLinear", [value, *grid], name))
         copy_type(codes, value)
-        codes.name, codes.dtype = fresh_name(f"{name}_quantized", self._values), DTYPES[params.dtype]
-        result = self._node_after(codes, self._node("DequantizeLinear", [codes, *grid], name))
-        result.name = name if is_output else fresh_name(f"{name}_dequantized", self._values)
+        codes.name, codes.dtype = fresh_name(f"{name}_quantized", self.values), DTYPES[params.dtype]
+        result = self.node_after(codes, self.node("DequantizeLinear", [codes, *grid], name))
+        result.name = name if is_output else fresh_name(f"{name}_dequantized", self.values)
         copy_type(result, value)
         self.codes[value] = codes
         for node, index in readers:
@@ -202,50 +194,10 @@ class _Lowering:
     def _pad_codes(self, pad: ir.Node, zero_point: ir.Value) -> ir.Value:
         """The same Pad on codes, where zero is the zero point. The float one stays for readers of floats, under another name."""
         assert pad.inputs[0] is not None
-        name, pad.name = pad.name, fresh_name(f"{pad.name}/float", self._nodes)
+        name, pad.name = pad.name, fresh_name(f"{pad.name}/float", self.nodes)
         inputs = [self.codes[pad.inputs[0]], pad.inputs[1], zero_point, *pad.inputs[3:]]
         codes = ir.node("Pad", inputs, pad.attributes, name=name, metadata_props=dict(pad.metadata_props))
-        return self._node_after(pad.outputs[0], codes)
-
-    def _constant(
-        self, node: ir.Node, name: str, codes: NDArray[np.generic], params: QuantParams, like: ir.Value
-    ) -> ir.Value:
-        """Codes as an initializer, and a DequantizeLinear before `node` that makes floats of them, of the type of `like`."""
-        stored = self._initializer(f"{name}_quantized", codes, DTYPES[params.dtype])
-        dequantize = self._node("DequantizeLinear", [stored, *self._grid(name, params, like)], name, axis=params.axis)
-        self.graph.insert_before(node, dequantize)
-        result = dequantize.outputs[0]
-        result.name = fresh_name(f"{name}_dequantized", self._values)
-        result.shape, result.dtype = ir.Shape(codes.shape), like.dtype or ir.DataType.FLOAT
-        return result
-
-    def _grid(self, name: str, params: QuantParams, like: ir.Value) -> list[ir.Value]:
-        """Scale, of the float type of `like`, and zero point."""
-        zero_point = np.broadcast_to(params.zero_point, params.scale.shape)
-        return [
-            self._initializer(f"{name}_scale", params.scale, like.dtype or ir.DataType.FLOAT),
-            self._initializer(f"{name}_zero_point", zero_point, DTYPES[params.dtype]),
-        ]
-
-    def _initializer(self, name: str, array: NDArray[np.generic], dtype: ir.DataType) -> ir.Value:
-        name = fresh_name(name, self._values)
-        value = ir.Value(name=name, const_value=code_tensor(np.asarray(array), dtype, name))
-        value.shape, value.dtype = ir.Shape(array.shape), dtype
-        self.graph.register_initializer(value)
-        return value
-
-    def _node(self, op_type: str, inputs: list[ir.Value], name: str, *, axis: int | None = None) -> ir.Node:
-        attributes = {} if axis is None else {"axis": axis}
-        return ir.node(op_type, inputs, attributes, name=fresh_name(f"{name}/{op_type}", self._nodes))
-
-    def _node_after(self, value: ir.Value, node: ir.Node) -> ir.Value:
-        """Insert a node right behind whatever makes `value`; returns its output."""
-        producer = value.producer()
-        if producer is not None:
-            self.graph.insert_after(producer, node)
-        else:
-            self.graph.insert_before(self.graph[0], node)
-        return node.outputs[0]
+        return self.node_after(pad.outputs[0], codes)
 
 
 def _bias_row(node: ir.Node, parts: Roles, weight: ir.Value) -> NDArray[np.float64] | None:
@@ -262,7 +214,7 @@ def _bias_row(node: ir.Node, parts: Roles, weight: ir.Value) -> NDArray[np.float
 
 
 def _channels(node: ir.Node, parts: Roles, weight: ir.Value) -> int:
-    shape = _numbers(weight).shape
+    shape = numbers(weight).shape
     if node.op_type == "ConvTranspose":
         return int(shape[1] * node.attributes.get_int("group", 1))
     return int(shape[0 if parts.weight_axis is None else parts.weight_axis])

@@ -9,14 +9,13 @@ import onnx_ir as ir
 from edgekit.graph.annotations import set_wish
 from edgekit.graph.operators import Roles, is_constant
 from edgekit.graph.rules import ACTIVATIONS, PRECISION, absorbed_output, embeddings, quantized_nodes, shares_grid
-from edgekit.method import Method
+from edgekit.method import EVERYTHING, Method
 from edgekit.quant.spec import QuantSpec
 from edgekit.target import Target
 
 TABLE = QuantSpec("int8", symmetric=True, per_channel=True, narrow_range=True)
 WIDE = {"uint8": "uint16", "int8": "int16", "uint16": "uint16", "int16": "int16"}
 """The same kind of grid in 16 bits."""
-EVERYTHING = Method()
 
 
 def assign_specs(model: ir.Model, target: Target, method: Method = EVERYTHING) -> ir.Model:
@@ -25,11 +24,11 @@ def assign_specs(model: ir.Model, target: Target, method: Method = EVERYTHING) -
     1. The activations and the constant weight that a quantized node reads.
     2. The output of a quantized node, behind the activation function that is absorbed into it.
     3. Every tensor that shares a grid with a marked one (Concat, pass-through operators).
-    4. Tables that are looked up (embeddings), one scale for each column.
+    4. Tables that are looked up (embeddings), one scale for each row.
 
     With other than static activations, only constants are marked. A tensor that one layer wants in 16 bits has 16.
     """
-    model = _with_precisions(model.clone(), method)
+    model = model.clone()
     marked: set[ir.Value] = set()
     wide: set[ir.Value] = set()
     for node, parts in quantized_nodes(model, target).items():
@@ -52,11 +51,13 @@ def assign_specs(model: ir.Model, target: Target, method: Method = EVERYTHING) -
     for gather in embeddings(model.graph):
         table = gather.inputs[0]
         assert table is not None
-        set_wish(table, TABLE, 1)
+        set_wish(table, TABLE, 0)
     return model
 
 
-def _with_precisions(model: ir.Model, method: Method) -> ir.Model:
+def assign_precisions(model: ir.Model, method: Method) -> ir.Model:
+    """Note on each node the precision that `method` asks for, where it is not int8; `quantized_nodes` heeds it."""
+    model = model.clone()
     for node in model.graph:
         asked = method.for_layer(node.name or "").precision
         if asked != "int8":

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from edgekit.backend import Artifact, get_backend
+from edgekit.calibration.smooth import unsmooth
 from edgekit.errors import BackendError, GoalError, TargetError
 from edgekit.graph.io import save_onnx
 from edgekit.graph.run import Session
@@ -125,7 +126,7 @@ def _candidates(stored: Stored, manifest: Manifest, temporary: Path) -> list[Can
     target = manifest.target_rules
     backend = get_backend(target.backend)
     float_model = temporary / MODEL
-    save_onnx(stored.model, float_model)
+    save_onnx(unsmooth(stored.model), float_model)
     candidates = []
     for precision in backend.float_precisions(target):
         folder = temporary / precision

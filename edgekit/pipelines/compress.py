@@ -12,23 +12,21 @@ from typing import Any
 import onnx_ir as ir
 
 import edgekit
-from edgekit.calibration.calibrate import calibrate
-from edgekit.data import Batch, BoundData, Preprocess, open_data
+from edgekit.data import Preprocess, open_data
 from edgekit.errors import DataError
 from edgekit.graph.annotations import annotated_values
 from edgekit.graph.io import save_annotated
 from edgekit.graph.operators import LINEAR, Layer, layers
 from edgekit.graph.rules import check_operators, quantized_nodes
 from edgekit.graph.run import Session
-from edgekit.lowering.simulation import insert_qdq
+from edgekit.lowering.qdq import lower_qdq
+from edgekit.method import EVERYTHING, Method
 from edgekit.metric import Evaluate, Runner, open_metric
 from edgekit.output import check_folder, replaced_files, sha256, write_text
-from edgekit.passes.assign_specs import assign_specs
-from edgekit.passes.unify_params import unify_params
-from edgekit.pipelines.sources import EXAMPLES, canonicalize, input_specs, load_source
-from edgekit.pipelines.split import BATCH_SIZE, Arrays, calibrating_samples, first_batch, held_back, save_arrays
+from edgekit.pipelines.quantize import Calibrating, quantize
+from edgekit.pipelines.sources import EXAMPLES, canonicalize, input_specs, load_source, rewrite
+from edgekit.pipelines.split import Arrays, calibrating_samples, first_batch, held_back, save_arrays
 from edgekit.progress import Progress, silent
-from edgekit.quant.estimators import get_estimator
 from edgekit.records import COMPRESSED, HELD_BACK, MODEL, Compressed, LayerRecord, Metric, Source, versions
 from edgekit.report import write_report
 from edgekit.target import PORTABLE, Target, load_target
@@ -53,7 +51,7 @@ def compress(
     model: str | Callable[[], object] | None = None,
     samples: int = DEFAULT_SAMPLES,
     target: str = PORTABLE,
-    calibrator: str = "mse",
+    method: Method = EVERYTHING,
     evaluate: str | Path | Callable[[Runner], float] | None = None,
     preprocess: Preprocess | None = None,
     trust_checkpoint: bool = False,
@@ -69,7 +67,7 @@ def compress(
         model: what makes the `nn.Module` that a checkpoint's weights go into.
         samples: how many calibrate; more are held back to verify exports with.
         target: compress for one target, or "portable" for all.
-        calibrator: "minmax", "percentile", "mse" or "kld".
+        method: how; the default quantizes weights and activations to 8 bits.
         evaluate: a metric or labelled data; see `edgekit.metric.open_metric`.
         preprocess: for images.
         trust_checkpoint: open checkpoints that run pickled code.
@@ -80,7 +78,6 @@ def compress(
     """
     out, rules = Path(out), load_target(target)
     check_operators(rules)
-    get_estimator(calibrator)
     if samples < 1:
         raise DataError(f"samples is {samples}; at least one is needed, a few hundred make good ranges")
     check_folder(out, marker=COMPRESSED, what="an edgekit output folder")
@@ -95,22 +92,21 @@ def compress(
     metric = None if evaluate is None else open_metric(evaluate, data.inputs, preprocess=preprocess)
 
     on_progress("bring it into canonical form", 0, None)
-    graph = canonicalize(graph, first_batch(data, EXAMPLES), opset=rules.graph.opset)
+    examples = first_batch(data, EXAMPLES)
+    graph = rewrite(canonicalize(graph, examples, opset=rules.graph.opset), examples)
 
-    calibrating = _Counted(data, calibrating_samples(data, samples), on_progress)
+    calibrating = Calibrating(data, calibrating_samples(data, samples), on_progress)
     verifying, remark = held_back(data, calibrating.stop)
-    graph = assign_specs(graph, rules)
-    graph = calibrate(graph, rules, calibrating, estimator=calibrator)
-    graph = unify_params(graph, rules)
+    graph = quantize(graph, rules, method, calibrating)
 
     on_progress("evaluate", 0, None)
-    float_metric, simulated_metric = _evaluate(graph, metric)
+    float_metric, simulated_metric = _evaluate(graph, rules, metric)
     record = Compressed(
         edgekit=edgekit.__version__,
         versions=versions("onnx", "onnx-ir", "onnxruntime", "onnxscript", "torch", "numpy"),
         source=origin,
         target=rules.name,
-        calibrator=calibrator,
+        method=method,
         samples=calibrating.done,
         held_back=len(next(iter(verifying.values()))),
         evaluate=_reference(evaluate),
@@ -122,23 +118,6 @@ def compress(
         notes=(*_notes(graph, rules, calibrating.done, origin), *filter(None, [remark])),
     )
     return _write(out, graph, verifying, record)
-
-
-@dataclass(slots=True)
-class _Counted:
-    """The batches up to sample number `stop`; `done` counts the samples that passed."""
-
-    data: BoundData
-    stop: int
-    on_progress: Progress
-    done: int = 0
-
-    def __iter__(self) -> Iterator[Batch]:
-        self.done = 0
-        for batch in self.data.batches(BATCH_SIZE, 0, self.stop):
-            yield batch
-            self.done += len(batch)
-            self.on_progress("calibrate", self.done, self.stop)
 
 
 def _write(out: Path, graph: ir.Model, verifying: Arrays, record: Compressed) -> CompressResult:
@@ -161,10 +140,11 @@ def _layer(layer: Layer) -> LayerRecord:
     )
 
 
-def _evaluate(graph: ir.Model, metric: Evaluate | None) -> tuple[Metric | None, Metric | None]:
+def _evaluate(graph: ir.Model, rules: Target, metric: Evaluate | None) -> tuple[Metric | None, Metric | None]:
+    """The metric in float, and with all numbers on their grids."""
     if metric is None:
         return None, None
-    return metric(Session(graph, optimize=True).run), metric(Session(insert_qdq(graph), optimize=True).run)
+    return metric(Session(graph, optimize=True).run), metric(Session(lower_qdq(graph, rules), optimize=True).run)
 
 
 def _reference(evaluate: object) -> str:

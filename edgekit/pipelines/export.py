@@ -20,7 +20,9 @@ from edgekit.graph.operators import layers
 from edgekit.graph.rules import check_operators, quantized_nodes
 from edgekit.graph.run import Session
 from edgekit.lowering.integer import lower_integer
+from edgekit.lowering.qdq import lower_qdq
 from edgekit.lowering.qoperator import lower_qoperator
+from edgekit.lowering.weight_only import check_format
 from edgekit.metric import Evaluate, Runner, open_metric
 from edgekit.output import sha256, staged_folder, write_text
 from edgekit.pipelines.stored import Stored, open_stored, samples_of_size
@@ -181,6 +183,7 @@ def _export_one(
         raise BackendError(f"target {target.name!r}: {missing(available)}")
     batches = _batches(stored)
     floats = run_batches(Session(stored.model, optimize=False).run, batches)
+    target = target.model_copy(update={"graph": target.graph.model_copy(update={"format": format})})
     job = _Job(stored.model, target, format, backend, available, folder, batches, floats, stored.record.held_back)
     kept: tuple[str, ...] = ()
     while True:
@@ -209,6 +212,7 @@ def _try(job: _Job, keep_float: frozenset[str]) -> tuple[_Candidate | None, str]
 
 def _build(job: _Job, keep_float: frozenset[str]) -> _Candidate:
     """Lower, convert, and run on the held-back samples beside the simulation."""
+    check_format(job.model, job.format)
     qdq = job.backend.lower(job.model, job.target, keep_float=keep_float)
     lowered = LOWER_FORMAT[job.format](qdq)
     broken = job.backend.check(lowered, job.target)
@@ -216,7 +220,9 @@ def _build(job: _Job, keep_float: frozenset[str]) -> _Candidate:
         raise GraphError(f"target {job.target.name!r}: the graph breaks rules of its runtime: {'; '.join(broken)}")
     save_onnx(lowered, job.folder / MODEL)
     artifact = job.backend.convert(job.folder / MODEL, job.target, job.folder, precision="int8")
-    simulated = run_batches(Session(qdq, optimize=False).run, job.batches)
+    # What runs is held against edgekit's own lowering, not against what the backend made of it.
+    reference = lower_qdq(job.model, job.target, keep_float=keep_float) if job.available.can_check else qdq
+    simulated = run_batches(Session(reference, optimize=False).run, job.batches)
     kernels: Sequence[KernelRecord] = job.backend.planned_kernels(artifact)
     ran = None
     if job.available.can_check:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from edgekit.data.images import Preprocess
+from edgekit.errors import TargetError
+from edgekit.method import EVERYTHING, LayerMethod, Method
 from edgekit.toml_file import Table, read_toml, validate
 
 
@@ -15,7 +19,6 @@ class CompressTable(Table):
     calibration: str | None = None
     samples: int | None = None
     target: str | None = None
-    calibrator: str | None = None
     evaluate: str | None = None
     trust_checkpoint: bool | None = None
 
@@ -30,6 +33,7 @@ class Recipe(Table):
     """A recipe file."""
 
     compress: CompressTable = CompressTable()
+    method: Method = EVERYTHING
     data: DataTable = DataTable()
 
 
@@ -40,3 +44,31 @@ def load_recipe(path: Path) -> Recipe:
         TargetError: it cannot be read, or has a mistake; with the line to fix.
     """
     return validate(read_toml(path), Recipe, path=path)
+
+
+def merged_method(
+    base: Method, given: Mapping[str, Any], layers: Sequence[str] = (), keep_float: Sequence[str] = ()
+) -> Method:
+    """A recipe's method with what the command line says: fields by name, and exceptions as "PATTERN:key=value,key=value".
+
+    Raises:
+        TargetError: an unknown key or value.
+    """
+    exceptions = [
+        *(_layer(text) for text in layers),
+        *({"match": pattern, "precision": "float"} for pattern in keep_float),
+    ]
+    known = [layer.model_dump(exclude_none=True) for layer in base.layers]
+    fields = {**base.model_dump(), **given, "layers": [*known, *exceptions]}
+    return validate(fields, Method, path=Path("command line"))
+
+
+def _layer(text: str) -> dict[str, str | int]:
+    pattern, colon, choices = text.rpartition(":")
+    pairs = [choice.partition("=") for choice in choices.split(",")]
+    if not colon or not pattern or not all(key and equals and value for key, equals, value in pairs):
+        raise TargetError(
+            f"--layer {text!r}: expected PATTERN:KEY=VALUE,..., such as 'layer1.*:precision=float'; keys are "
+            f"{', '.join(name for name in LayerMethod.model_fields if name != 'match')}"
+        )
+    return {"match": pattern} | {key: int(value) if value.isdigit() else value for key, _, value in pairs}

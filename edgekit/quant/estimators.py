@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.errors import TargetError
-from edgekit.quant.affine import choose_params, fake_quantize, middle_code
+from edgekit.quant.affine import middle_code
+from edgekit.quant.least_squares import alternate_from, best_shares, bins_of
 from edgekit.quant.observers import Histogram
 from edgekit.quant.spec import QuantSpec
 
@@ -23,12 +24,26 @@ CANDIDATES = 2048
 MSE_STEPS, MSE_LEAST, MSE_ROUNDS = 71, 0.3, 2
 """An MSE search tries this many shares of an end, from all of it down to the least, and goes around the ends so often."""
 
+ADMM_STARTS = np.linspace(1.0, 0.2, 33)
+"""The shares of what was seen that ADMM starts from."""
+
 _BLOCK = 256  # candidates computed at once: their arrays (0.5 MB each) stay in the second-level cache
 
 
 def minmax(histogram: Histogram, spec: QuantSpec) -> tuple[float, float]:
     """All that was seen, exactly."""
     return histogram.min, histogram.max
+
+
+def moving_average(histogram: Histogram, spec: QuantSpec) -> tuple[float, float]:
+    """From the mean of the samples' least numbers to the mean of their greatest: one odd sample does not set the range.
+
+    Every sample weighs the same, so the order of the samples does not matter; a decaying average would forget the first.
+
+    Reference: Krishnamoorthi 2018, "Quantizing deep convolutional networks for efficient inference", arXiv:1806.08342,
+    section 3.1.1, which averages over batches.
+    """
+    return _clipped(histogram, histogram.average_min, histogram.average_max)
 
 
 def percentile(histogram: Histogram, spec: QuantSpec, p: float = 99.99) -> tuple[float, float]:
@@ -63,26 +78,22 @@ def mse(histogram: Histogram, spec: QuantSpec) -> tuple[float, float]:
 
     Reference: Nagel et al. 2021, "A White Paper on Neural Network Quantization", arXiv:2106.08295, section 3.1.
     """
-    seen = histogram.counts > 0
-    values, counts = histogram.centers[seen].astype(np.float32), histogram.counts[seen].astype(np.float64)
-
-    def error(low: float, high: float) -> float:
-        rounded = fake_quantize(values, choose_params(low, high, spec))
-        return float(counts @ (rounded.astype(np.float64) - values) ** 2)
-
+    ends = np.array([histogram.min]), np.array([histogram.max])
     shares = np.linspace(1.0, MSE_LEAST, MSE_STEPS)
-    ends = [min(histogram.min, 0.0), max(histogram.max, 0.0)]
-    if spec.symmetric:
-        reach = max(-ends[0], ends[1])
-        best = min(shares, key=lambda share: error(-share * reach, share * reach))
-        return _clipped(histogram, -best * reach, best * reach)
-    extent = tuple(ends)
-    order = (0, 1) if -ends[0] > ends[1] else (1, 0)
-    for end in order * MSE_ROUNDS:
-        if extent[end]:
-            tried = [(*ends[:end], share * extent[end], *ends[end + 1 :]) for share in shares]
-            ends = list(min(tried, key=lambda range_: error(*range_)))
-    return _clipped(histogram, *ends)
+    low, high = best_shares(bins_of(histogram), *ends, spec, shares=shares, rounds=MSE_ROUNDS)
+    return _clipped(histogram, float(low[0]), float(high[0]))
+
+
+def admm(histogram: Histogram, spec: QuantSpec) -> tuple[float, float]:
+    """The grid that codes and scale (of an affine grid, zero point too) agree on, each the best for the other.
+
+    Such agreement is a local optimum: it is sought from `ADMM_STARTS` shares of what was seen, and the best is kept.
+
+    Reference: Leng et al. 2018, "Extremely Low Bit Neural Network: Squeeze the Last Bit Out with ADMM", arXiv:1707.09870.
+    """
+    seen = np.array([histogram.min]), np.array([histogram.max])
+    low, high = alternate_from(bins_of(histogram), *seen, spec, shares=ADMM_STARTS)
+    return _clipped(histogram, float(low[0]), float(high[0]))
 
 
 def kld(histogram: Histogram, spec: QuantSpec) -> tuple[float, float]:
@@ -115,7 +126,14 @@ def kld(histogram: Histogram, spec: QuantSpec) -> tuple[float, float]:
     return _clipped(histogram, _edge(histogram, start), _edge(histogram, stop))
 
 
-ESTIMATORS: dict[str, Estimator] = {"minmax": minmax, "percentile": percentile, "mse": mse, "kld": kld}
+ESTIMATORS: dict[str, Estimator] = {
+    "minmax": minmax,
+    "moving-average": moving_average,
+    "percentile": percentile,
+    "mse": mse,
+    "kld": kld,
+    "admm": admm,
+}
 """The estimators by the names that recipes and the command line use."""
 
 
@@ -138,10 +156,11 @@ def _edge(histogram: Histogram, index: int) -> float:
 
 
 def _clipped(histogram: Histogram, low: float, high: float) -> tuple[float, float]:
-    """The part of a range in which values were seen; (0, 0) when none were."""
+    """A range with both ends brought to where values were seen; (0, 0) when none were."""
     if not histogram.count:
         return 0.0, 0.0
-    return max(low, histogram.min), min(high, histogram.max)
+    low, high = np.clip([low, high], histogram.min, histogram.max).tolist()
+    return low, high
 
 
 def _magnitudes(histogram: Histogram) -> NDArray[np.int64]:

@@ -1,0 +1,259 @@
+"""Meet an accuracy floor: keep in float the fewest layers without which the quantized model is not good enough."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from edgekit.errors import DataError
+from edgekit.graph.fingerprint import fingerprint
+from edgekit.graph.rules import PRECISION
+from edgekit.graph.run import Session
+from edgekit.lowering.qdq import lower_qdq
+from edgekit.metric import Evaluate, Runner
+from edgekit.progress import Progress, silent
+from edgekit.records import Lifted, LiftState, LiftTrial
+from edgekit.sensitivity import Fidelity, check_batches, check_float_output
+from edgekit.target import Target
+
+Arrays = Mapping[str, NDArray[np.generic]]
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """How good a quantized model must be.
+
+    Attributes:
+        kind: "points" of the user's metric that may be lost, or the least SQNR ("dB") or cosine of the worst output against float.
+        value: of that; a point is 0.01 of a metric that is a share (at most 1 for the float model), else 1.
+    """
+
+    kind: Literal["points", "dB", "cosine"]
+    value: float
+
+    def __str__(self) -> str:
+        """As `parse_floor` reads it."""
+        return {"points": f"{self.value:g}", "dB": f"{self.value:g}dB", "cosine": f"cos{self.value:g}"}[self.kind]
+
+
+def parse_floor(text: str) -> Floor:
+    """What `--max-drop` says: "0.5" (points of the metric), "30dB" (SQNR of the outputs) or "cos0.999" (their cosine).
+
+    Raises:
+        DataError: it is none of them, or out of range.
+    """
+    match = re.fullmatch(r"\s*(cos)?\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(db)?\s*", text, re.IGNORECASE)
+    if match is None or (match[1] and match[3]):
+        raise DataError(
+            f"--max-drop {text!r} is no floor; give points of the metric that may be lost (0.5), the least SQNR of the outputs "
+            "(30dB) or their least cosine with float (cos0.999)"
+        )
+    value = float(match[2])
+    if match[1] and not value < 1:
+        raise DataError(f"--max-drop {text!r}: a cosine is below 1; give one such as cos0.999")
+    return Floor("cosine" if match[1] else "dB" if match[3] else "points", value)
+
+
+def lift(
+    model: ir.Model,
+    target: Target,
+    batches: Sequence[Arrays],
+    floor: Floor,
+    *,
+    ranking: Sequence[str],
+    metric: Evaluate | None = None,
+    time_budget_s: float = math.inf,
+    state: LiftState | None = None,
+    on_trial: Callable[[LiftState], None] | None = None,
+    threads: int = 0,
+    on_progress: Progress = silent,
+) -> Lifted:
+    """Find the fewest layers to keep in float so that the simulated model meets `floor`.
+
+    1. The first 1, 2, 4, ... layers of the ranking, until the floor is met; then bisection.
+    2. Layers that turn out not to be needed are given back, in halves, quarters, ... and one by one, the mildest first.
+
+    It ends within the time budget, judged by the longest trial so far, with the best that it found: the smallest set that meets the
+    floor or, where none does, the set that comes closest. One trial is always made.
+
+    Args:
+        model: float, with quant attributes.
+        target: its quantization is simulated.
+        batches: feeds on which outputs are compared with float; not read for points of a metric.
+        floor: the goal.
+        ranking: names of layers, the worst first; see `edgekit.sensitivity.rank`.
+        metric: the user's; needed for a floor in points.
+        time_budget_s: seconds.
+        state: of an earlier search; what it tried is not tried again, unless the model, the target or the samples are others.
+        on_trial: given the state after each trial, to be stored.
+        threads: of inference; 0 lets ONNX Runtime choose.
+        on_progress: told of each trial.
+
+    Raises:
+        DataError: a floor in points without a metric, one in dB or as a cosine without batches, or the metric fails.
+        GraphError: no output of the model is a float.
+    """
+    judge = _by_metric(floor, metric) if floor.kind == "points" else _by_outputs(model, floor, batches, threads)
+    key = _key(model, target, floor, batches if floor.kind != "points" else ())
+    float_value = judge(Session(model, optimize=True, threads=threads).run) if floor.kind == "points" else None
+    needed = floor.value if float_value is None else float_value - floor.value * _point(float_value)
+    known = {frozenset(trial.lifted): trial.value for trial in state.trials} if state and state.key == key else {}
+
+    def value_of(lifted: frozenset[str]) -> float:
+        return judge(Session(lower_qdq(model, target, keep_float=lifted), optimize=True, threads=threads).run)
+
+    search = _Search(key, value_of, needed, time_budget_s, on_trial, on_progress, known, _estimate(len(ranking)))
+    try:
+        search.find(ranking)
+        finished = True
+    except _TimeIsUp:
+        finished = False
+    best = search.best()
+    return Lifted(
+        floor=str(floor),
+        met=search.known[best] >= needed,
+        float_value=float_value,
+        needed=needed,
+        before=search.known[frozenset()],
+        after=search.known[best],
+        lifted=tuple(name for name in ranking if name in best),
+        finished=finished,
+        state=search.state(),
+    )
+
+
+def keep_float(model: ir.Model, names: Sequence[str]) -> ir.Model:
+    """The annotated `model` with some of its nodes marked to stay float for every target."""
+    model = model.clone()
+    for node in model.graph:
+        if node.name in names:
+            node.metadata_props[PRECISION] = "float"
+    return model
+
+
+class _TimeIsUp(Exception):
+    """The next trial would not end within the budget."""
+
+
+@dataclass(slots=True)
+class _Search:
+    """The trials, and what they may cost."""
+
+    key: str
+    value_of: Callable[[frozenset[str]], float]
+    needed: float
+    time_budget_s: float
+    on_trial: Callable[[LiftState], None] | None
+    on_progress: Progress
+    known: dict[frozenset[str], float]
+    expected: int
+    start: float = field(default_factory=time.monotonic)
+    longest: float = 0.0
+
+    def find(self, ranking: Sequence[str]) -> None:
+        """Try sets until the smallest that a search of this kind finds is known."""
+        if self.meets(()):
+            return
+        low, high = 0, min(1, len(ranking))
+        while not self.meets(ranking[:high]):
+            if high == len(ranking):
+                return
+            low, high = high, min(2 * high, len(ranking))
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.meets(ranking[:middle]) else (middle, high)
+        self._give_back(list(ranking[:high]))
+
+    def _give_back(self, kept: list[str]) -> None:
+        size = len(kept) // 2
+        while size >= 1:
+            end = len(kept)
+            while end > 0:
+                start = max(0, end - size)
+                fewer = kept[:start] + kept[end:]
+                if self.meets(fewer):
+                    kept = fewer
+                end = start
+            size //= 2
+
+    def meets(self, lifted: Sequence[str]) -> bool:
+        """Whether the model is good enough with some layers in float: by trial, where it is not known."""
+        wanted = frozenset(lifted)
+        if wanted not in self.known:
+            begin = time.monotonic()
+            if frozenset() in self.known and begin - self.start + self.longest > self.time_budget_s:
+                raise _TimeIsUp
+            self.known[wanted] = self.value_of(wanted)
+            self.longest = max(self.longest, time.monotonic() - begin)
+            if self.on_trial is not None:
+                self.on_trial(self.state())
+            done = len(self.known)
+            self.on_progress(
+                f"lift: {self.known[wanted]:.5g} with {len(wanted)} layers in float, {self.needed:.5g} wanted",
+                done,
+                max(done, self.expected),
+            )
+        return self.known[wanted] >= self.needed
+
+    def best(self) -> frozenset[str]:
+        """The smallest set that meets the floor, of equal ones the better; where none does, the best, of equal ones the smaller."""
+        met = [lifted for lifted, value in self.known.items() if value >= self.needed]
+        if met:
+            return min(met, key=lambda lifted: (len(lifted), -self.known[lifted], sorted(lifted)))
+        return max(self.known, key=lambda lifted: (self.known[lifted], -len(lifted)))
+
+    def state(self) -> LiftState:
+        """All trials, in order."""
+        trials = (LiftTrial(lifted=tuple(sorted(lifted)), value=value) for lifted, value in self.known.items())
+        return LiftState(key=self.key, trials=tuple(trials))
+
+
+def _by_metric(floor: Floor, metric: Evaluate | None) -> Callable[[Runner], float]:
+    if metric is None:
+        raise DataError(
+            f"--max-drop {floor} is in points of a metric, and none is given; add --evaluate, or give a floor in dB or a cosine"
+        )
+    return lambda run: metric(run).value
+
+
+def _by_outputs(model: ir.Model, floor: Floor, batches: Sequence[Arrays], threads: int) -> Callable[[Runner], float]:
+    check_batches(batches, f"--max-drop {floor}")
+    check_float_output(model)
+    session = Session(model, optimize=True, threads=threads)
+    expected = [session.run(feeds) for feeds in batches]
+
+    def judge(run: Runner) -> float:
+        found = Fidelity()
+        for feeds, wanted in zip(batches, expected, strict=True):
+            found.update(run(feeds), wanted)
+        return found.sqnr_db if floor.kind == "dB" else found.cosine
+
+    return judge
+
+
+def _point(float_value: float) -> float:
+    return 0.01 if abs(float_value) <= 1 else 1.0
+
+
+def _estimate(layers: int) -> int:
+    """Trials of a search: doubling, bisection, and giving back a few."""
+    return 2 + 3 * math.ceil(math.log2(layers + 1))
+
+
+def _key(model: ir.Model, target: Target, floor: Floor, batches: Sequence[Arrays]) -> str:
+    """Stands for all that the value of a trial depends on, but the metric's own data."""
+    digest = hashlib.sha256(f"{fingerprint(model)} {target.quantization.model_dump_json()} {floor.kind}".encode())
+    for feeds in batches:
+        for name, array in sorted(feeds.items()):
+            digest.update(f"{name} {array.dtype} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

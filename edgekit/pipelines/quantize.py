@@ -1,0 +1,77 @@
+"""Post-training quantization, step by step: from a float graph to one whose tensors carry quant attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from edgekit.calibration.calibrate import calibrate
+from edgekit.calibration.correct_bias import correct_bias
+from edgekit.calibration.layer_rows import Rows, collect_rows, linear_layers
+from edgekit.calibration.round_weights import round_weights
+from edgekit.calibration.smooth import smooth, smoothable
+from edgekit.data import Batch, BoundData
+from edgekit.graph.annotations import get_wish
+from edgekit.method import AUTO, EASYQUANT, Method
+from edgekit.passes.assign_specs import assign_precisions, assign_specs
+from edgekit.passes.equalize import equalize
+from edgekit.passes.unify_params import unify_params
+from edgekit.pipelines.split import BATCH_SIZE
+from edgekit.progress import Progress
+from edgekit.target import Target
+
+
+@dataclass(slots=True)
+class Calibrating:
+    """The batches up to sample number `stop`, as often as they are asked for; `done` counts the samples of the last round."""
+
+    data: BoundData
+    stop: int
+    on_progress: Progress
+    step: str = "calibrate"
+    done: int = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.done = 0
+        for batch in self.data.batches(BATCH_SIZE, 0, self.stop):
+            yield batch
+            self.done += len(batch)
+            self.on_progress(self.step, self.done, self.stop)
+
+    def named(self, step: str) -> Calibrating:
+        """The same samples under another step's name."""
+        return Calibrating(self.data, self.stop, self.on_progress, step)
+
+
+def quantize(model: ir.Model, rules: Target, method: Method, batches: Calibrating) -> ir.Model:
+    """The float `model` with quant attributes on every tensor that `rules` and `method` want quantized.
+
+    What changes the float graph (equalization, smoothing) leaves its function as it is.
+    """
+    model = assign_precisions(model, method)
+    if method.equalize:
+        model = equalize(model)
+    if method.smooth and method.activations == "static":
+        model = _smooth(model, rules, batches)
+    model = assign_specs(model, rules, method)
+    rows = _rows(model, method, batches)
+    model = calibrate(model, rules, batches, method=method, rows=rows)
+    model = unify_params(model, rules)
+    model = round_weights(model, batches.named("round weights"), samples=batches.stop, method=method)
+    return correct_bias(model, rows) if method.bias_correction else model
+
+
+def _smooth(model: ir.Model, rules: Target, batches: Calibrating) -> ir.Model:
+    layers = smoothable(model, rules)
+    rows = collect_rows(model, layers, batches.named("smooth"), samples=batches.stop) if layers else {}
+    return smooth(model, rules, rows)
+
+
+def _rows(model: ir.Model, method: Method, batches: Calibrating) -> Rows:
+    """What the layers read whose weights are to be quantized, where a method looks at it."""
+    if not (method.bias_correction or method.calibrators & {AUTO, EASYQUANT}):
+        return {}
+    layers = [layer for layer in linear_layers(model.graph) if get_wish(layer.weight) is not None]
+    return collect_rows(model, layers, batches.named("look at layers"), samples=batches.stop) if layers else {}
