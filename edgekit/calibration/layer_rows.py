@@ -9,12 +9,14 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgekit.calibration.observe import open_batch_axis
+from edgekit.calibration.padding import Mask, padding_mask, without_padding
 from edgekit.data import Batch
 from edgekit.graph.operators import LINEAR, Roles, int_attribute, roles
 from edgekit.graph.run import Session, with_outputs
@@ -125,11 +127,13 @@ class RowSample:
     """What layers read.
 
     Attributes:
-        rows: `(groups, n, K)`, a sample.
-        low, high: `(channels,)`, the extremes of each channel over all positions of the samples that rows were taken from.
+        rows: `(groups, n, K)`, a sample, of one half of the samples and then of the other.
+        halves: where the rows of each half stand.
+        low, high: `(2, channels)`, the extremes of each channel over all positions of each half.
     """
 
     rows: F32
+    halves: tuple[slice, slice]
     low: F32
     high: F32
 
@@ -156,31 +160,48 @@ def collect_rows(
     """Rows of what each of `layers` reads: about `rows` of each, from about `SAMPLES` of the `samples` that `batches` hold."""
     share = -(-samples // SAMPLES)
     each = max(1, -(-rows * share // max(1, samples)))
-    found: dict[RowsKey, list[tuple[int, RowSample]]] = {rows_key(layer): [] for layer in layers}
+    found: dict[RowsKey, list[tuple[int, _Seen]]] = {rows_key(layer): [] for layer in layers}
     names = list(dict.fromkeys(name for name, _ in found))
-    for checksum, arrays in run_samples(model, names, batches, share=share, threads=threads):
+    for checksum, arrays, mask in run_samples(model, names, batches, share=share, threads=threads):
         for (name, geometry), parts in found.items():
-            parts.append((checksum, _row_sample(arrays[name], geometry, each)))
+            parts.append((checksum, _see(without_padding(arrays[name], mask), geometry, each)))
     ordered = {key: sorted(parts, key=lambda part: part[0]) for key, parts in found.items() if parts}
     return {key: _joined([part for _, part in parts]) for key, parts in ordered.items()}
 
 
-def _row_sample(array: NDArray[np.generic], geometry: Geometry, count: int) -> RowSample:
+class _Seen(NamedTuple):
+    """Rows of one sample, and the extremes of its channels."""
+
+    rows: F32
+    low: F32
+    high: F32
+
+
+def _see(array: NDArray[np.generic], geometry: Geometry, count: int) -> _Seen:
     channel = 1 if geometry.kind == "patches" else array.ndim - 1
     others = tuple(axis for axis in range(array.ndim) if axis != channel)
     low, high = (np.asarray(extreme(array, axis=others), np.float32) for extreme in (np.min, np.max))
-    return RowSample(rows_of(array, geometry, count), low, high)
+    return _Seen(rows_of(array, geometry, count), low, high)
 
 
-def _joined(parts: Sequence[RowSample]) -> RowSample:
-    low, high = np.min([part.low for part in parts], axis=0), np.max([part.high for part in parts], axis=0)
-    return RowSample(np.concatenate([part.rows for part in parts], axis=1), low, high)
+def _joined(seen: Sequence[_Seen]) -> RowSample:
+    halves = seen[0::2], seen[1::2] or seen
+    rows = [np.concatenate([one.rows for one in half], axis=1) for half in halves]
+    middle, end = rows[0].shape[1], rows[0].shape[1] + rows[1].shape[1]
+    low, high = (
+        np.stack([np.min([one.low for one in half], axis=0) for half in halves]),
+        np.stack([np.max([one.high for one in half], axis=0) for half in halves]),
+    )
+    return RowSample(np.concatenate(rows, axis=1), (slice(0, middle), slice(middle, end)), low, high)
 
 
 def run_samples(
     model: ir.Model, names: Sequence[str], batches: Iterable[Batch], *, share: int, threads: int = 0
-) -> Iterator[tuple[int, dict[str, NDArray[np.generic]]]]:
-    """Named values of about one in `share` samples, each run alone, with a checksum of its content; of the first where that is none."""
+) -> Iterator[tuple[int, dict[str, NDArray[np.generic]], Mask]]:
+    """Named values of about one in `share` samples, each run alone; of the first where that is none.
+
+    Before them stands a checksum of the sample's content, after them its padding mask.
+    """
     inputs = {value.name: value for value in model.graph.inputs}
     computed = [name for name in names if name not in inputs]
     session = Session(with_outputs(model, set(computed)), optimize=True, threads=threads)
@@ -194,11 +215,11 @@ def run_samples(
         checksum = _checksum(feeds)
         if checksum % share == 0:
             first = {}
-            yield checksum, values(feeds)
+            yield checksum, values(feeds), padding_mask(feeds)
         elif first is None:
             first = feeds
     if first:
-        yield 0, values(first)
+        yield 0, values(first), padding_mask(first)
 
 
 def _samples(batches: Iterable[Batch], *, cut: bool) -> Iterator[dict[str, NDArray[np.generic]]]:

@@ -18,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from edgekit.calibration.padding import padding_mask, without_padding
 from edgekit.data import Batch
 from edgekit.errors import DataError
 from edgekit.graph.run import Session, with_outputs
@@ -103,8 +104,9 @@ class _Watch:
         if not self._computed:
             return
         arrays = self._session.run(feeds, outputs=self._names)
+        mask = padding_mask(feeds)
         for value, name in zip(self._computed, self._names, strict=True):
-            _update(observers[value], arrays.pop(name), value)
+            _update(observers[value], without_padding(arrays.pop(name), mask), value)
 
 
 def _in_order(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgekit.calibration.layer_rows import (
+    F32,
     LinearLayer,
     RowsKey,
     array_of,
@@ -20,6 +21,7 @@ from edgekit.calibration.layer_rows import (
     rows_of,
     run_samples,
 )
+from edgekit.calibration.padding import without_padding
 from edgekit.data import Batch
 from edgekit.graph.annotations import get_params, set_params
 from edgekit.method import Method
@@ -32,6 +34,7 @@ HESSIAN_BYTES = 256 << 20
 HESSIAN_SAMPLES = 256
 HESSIAN_ROWS = 8192
 """Rows that a Hessian is made of, about: several times the inputs of the widest layers."""
+ROWS_AT_ONCE = 512
 DAMPING = 0.05
 
 
@@ -93,16 +96,42 @@ def _hessians(
     share = -(-samples // HESSIAN_SAMPLES)
     each = max(1, -(-HESSIAN_ROWS * share // max(1, samples)))
     sources = {rows_key(layer): layer.source for layer in layers}
-    found: dict[RowsKey, NDArray[np.float32]] = {}
+    found = {key: _Hessian(get_params(source)) for key, source in sources.items()}
     names = list(dict.fromkeys(name for name, _ in sources))
-    for _, arrays in run_samples(model, names, batches, share=share, threads=threads):
-        for key, source in sources.items():
-            grid = get_params(source)
-            rows = rows_of(arrays[key[0]], key[1], each)
-            rows = rows if grid is None else fake_quantize(rows, grid)
-            own = rows.transpose(0, 2, 1) @ rows
-            found[key] = found[key] + own if key in found else own
-    return found
+    for _, arrays, mask in run_samples(model, names, batches, share=share, threads=threads):
+        for key, hessian in found.items():
+            hessian.update(rows_of(without_padding(arrays[key[0]], mask), key[1], each))
+    return {key: total for key, hessian in found.items() if (total := hessian.total()) is not None}
+
+
+@dataclass(slots=True)
+class _Hessian:
+    """A sum of `x^T x` over rows; they are multiplied a few hundred at a time."""
+
+    grid: QuantParams | None
+    sum: F32 | None = None
+    waiting: list[F32] = field(default_factory=list)
+
+    def update(self, rows: F32) -> None:
+        """Take in rows `(groups, n, K)`, on the grid of what is read."""
+        self.waiting.append(rows if self.grid is None else fake_quantize(rows, self.grid))
+        if sum(part.shape[1] for part in self.waiting) >= ROWS_AT_ONCE:
+            self._add()
+
+    def total(self) -> F32 | None:
+        """`(groups, K, K)`; None before the first row."""
+        if self.waiting:
+            self._add()
+        return self.sum
+
+    def _add(self) -> None:
+        rows = np.concatenate(self.waiting, axis=1)
+        self.waiting = []
+        own = rows.transpose(0, 2, 1) @ rows
+        if self.sum is None:
+            self.sum = own
+        else:
+            self.sum += own
 
 
 def _rounded(layer: LinearLayer, hessian: NDArray[np.float32]) -> QuantParams:

@@ -23,7 +23,7 @@ SMOOTHING = "edgekit.smoothing"
 """The metadata key of the Mul nodes that smoothing puts in."""
 ALPHAS = (0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
 ROWS = 512
-"""Rows that a factor is judged on."""
+"""Rows of each half of the samples that a factor is judged on."""
 WORTH_A_NODE = 0.75
 """What must be left of the error at most for a factor that costs a multiplication at run time."""
 
@@ -134,14 +134,21 @@ def _best_factor(
     known: RowSample, layers: Sequence[LinearLayer], activation: QuantSpec, weight: QuantSpec
 ) -> tuple[F32, float]:
     """The factor of least error at the layers' outputs, and what it leaves of the error without one."""
-    rows = known.rows[0, :ROWS]
+    halves = [known.rows[0, half][:ROWS] for half in known.halves]
+    rows = np.concatenate(halves)
     matrices = [matrix(layer, numbers(layer.weight))[0] for layer in layers]
     outputs = [rows @ w for w in matrices]
     energies = [max(float(np.square(y, dtype=np.float64).sum()), 1e-30) for y in outputs]
 
     def error(factor: F32) -> float:
-        params = choose_params(min((known.low / factor).min(), 0.0), max((known.high / factor).max(), 0.0), activation)
-        rounded = fake_quantize(rows / factor, params)
+        low, high = np.minimum((known.low / factor).min(1), 0.0), np.maximum((known.high / factor).max(1), 0.0)
+        # Each half on the range of the other: what equalizes maxima best in one half overflows in the next.
+        rounded = np.concatenate(
+            [
+                fake_quantize(half / factor, choose_params(low[1 - i], high[1 - i], activation))
+                for i, half in enumerate(halves)
+            ]
+        )
         total = 0.0
         for w, y, energy in zip(matrices, outputs, energies, strict=True):
             scaled = w * factor[:, None]
@@ -149,7 +156,7 @@ def _best_factor(
             total += float(np.square(difference, dtype=np.float64).sum()) / energy
         return total
 
-    reach = np.maximum(-known.low, known.high)
+    reach = np.maximum(-known.low, known.high).max(axis=0)
     pull = np.max([np.abs(w).max(axis=1) for w in matrices], axis=0)
     alive = (reach > 0) & (pull > 0)
     best, least = np.ones(len(reach), np.float32), error(np.ones(len(reach), np.float32))
