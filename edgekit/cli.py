@@ -56,6 +56,20 @@ def main() -> None:
     """Compress a model once; ship it, proven and measured, to TensorRT, OpenVINO and ONNX Runtime."""
 
 
+def _seconds(ctx: click.Context, parameter: click.Parameter, text: str | None) -> float | None:
+    """A time such as 90, 90s, 10m or 1h, in seconds."""
+    if text is None:
+        return None
+    number, unit = text.rstrip("smh"), text[len(text.rstrip("smh")) :]
+    try:
+        seconds = float(number) * {"": 1, "s": 1, "m": 60, "h": 3600}[unit]
+    except (ValueError, KeyError):
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise click.BadParameter(f"{text!r} is no time; give seconds, minutes or hours, such as 90s, 10m or 1h")
+    return seconds
+
+
 METHOD = {
     "calibrator": click.option(
         "--calibrator", help="What chooses ranges: auto, eq, minmax, mse, kld, ...  [default: auto]"
@@ -110,6 +124,9 @@ _folder = click.argument("folder", metavar="OUT", type=click.Path(path_type=Path
 @click.option("--target", help="Compress for one target instead of all.")
 @click.option("--portable", is_flag=True, help="Compress for all targets (the default).")
 @click.option("--evaluate", metavar="MODULE:FUNCTION|PATH", help="The metric, or labelled data for top-1.")
+@click.option("--max-drop", help="Points of the metric that may be lost, or a floor: 30dB, cos0.999.  [default: none]")
+@click.option("--time-budget", callback=_seconds, metavar="TIME", help="For --max-drop: 90s, 10m, 1h.  [default: 10m]")
+@click.option("--explain", is_flag=True, default=None, help="Measure what quantizing each layer alone does.")
 @_method_options
 @click.option("--recipe", type=click.Path(path_type=Path), help="A TOML file with these options and [data.preprocess].")
 @click.option("--trust-checkpoint", is_flag=True, default=None, help="Open checkpoints that run pickled code.")
@@ -158,10 +175,25 @@ def compress(
     "--format", type=click.Choice(["qdq", "qoperator", "integer"]), help="Of the graph.  [default: the target's]"
 )
 @click.option("--evaluate", metavar="MODULE:FUNCTION|PATH", help="The metric.  [default: the one of compress]")
+@click.option(
+    "--tune-placement/--no-tune-placement",
+    default=True,
+    help="Let measured time choose what runs in int8.  [default: on]",
+)
+@click.option(
+    "--time-budget", callback=_seconds, metavar="TIME", help="For that, each target: 90s, 2m.  [default: none]"
+)
 @click.option("--allow-wrong", is_flag=True, help="Export, for inspection, even what the runtime computes wrongly.")
 @_json
 def export(
-    folder: Path, targets: tuple[str, ...], format: Any, evaluate: str | None, allow_wrong: bool, as_json: bool
+    folder: Path,
+    targets: tuple[str, ...],
+    format: Any,
+    evaluate: str | None,
+    tune_placement: bool,
+    time_budget: float | None,
+    allow_wrong: bool,
+    as_json: bool,
 ) -> None:
     """Lower the model in OUT for each target, build its artifact, and verify it on its runtime."""
     from edgekit.console import progress_bars
@@ -169,7 +201,14 @@ def export(
 
     with progress_bars(quiet=as_json) as on_progress, _stdout_for_json(as_json):
         results = run(
-            folder, targets, format=format, evaluate=evaluate, allow_wrong=allow_wrong, on_progress=on_progress
+            folder,
+            targets,
+            format=format,
+            evaluate=evaluate,
+            allow_wrong=allow_wrong,
+            tune_placement=tune_placement,
+            time_budget=time_budget,
+            on_progress=on_progress,
         )
     if as_json:
         _print_json([result.manifest for result in results])

@@ -37,7 +37,7 @@ def run_demo(out: Path, run_step: Callable[[list[str]], None], say: Callable[[st
     run_step(
         [
             "compress", str(out / CHECKPOINT), "--model", f"{out / NETWORK}:digits_net", "--calibration", str(out / CALIBRATION),
-            "--calibrator", "kld", "--evaluate", str(out / TEST), "-o", model,
+            "--evaluate", str(out / TEST), "-o", model,
         ]
     )  # fmt: skip
     run_step(["export", model, *_targets(say)])

@@ -6,7 +6,7 @@ import difflib
 from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from edgekit.quant.estimators import ESTIMATORS
 from edgekit.quant.spec import QuantSpec
@@ -22,6 +22,17 @@ AUTO, EASYQUANT = "auto", "eq"
 CALIBRATORS = (AUTO, EASYQUANT, *ESTIMATORS)
 
 
+def _known_calibrator(name: str) -> str:
+    if name not in CALIBRATORS:
+        near = difflib.get_close_matches(name, CALIBRATORS, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"{hint}known calibrators: {', '.join(CALIBRATORS)}")
+    return name
+
+
+Calibrator = Annotated[str, AfterValidator(_known_calibrator)]
+
+
 class LayerMethod(Table):
     """Other choices for the layers whose names match a pattern; what is None is as for all the others.
 
@@ -32,7 +43,7 @@ class LayerMethod(Table):
 
     match: str
     precision: Precision | None = None
-    calibrator: str | None = None
+    calibrator: Calibrator | None = None
     weights: WeightType | None = None
     block_size: BlockSize | None = None
     rounding: Rounding | None = None
@@ -59,22 +70,13 @@ class Method(Table):
     precision: Precision = "int8"
     weights: WeightType = "int8"
     block_size: BlockSize = 0
-    calibrator: str = AUTO
+    calibrator: Calibrator = AUTO
     rounding: Rounding = "gptq"
     rounding_budget: Annotated[float, Field(gt=0)] = 600.0
     bias_correction: bool = True
     smooth: bool = True
     equalize: bool = False
     layers: tuple[LayerMethod, ...] = ()
-
-    @field_validator("calibrator")
-    @classmethod
-    def _is_known(cls, name: str) -> str:
-        if name not in CALIBRATORS:
-            near = difflib.get_close_matches(name, CALIBRATORS, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"{hint}known calibrators: {', '.join(CALIBRATORS)}")
-        return name
 
     def for_layer(self, name: str) -> Method:
         """The choices for the layer of a name."""

@@ -16,6 +16,7 @@ from edgekit.records import (
     Manifest,
     Metric,
     OutputProof,
+    TunedPlacement,
     read_compressed,
     read_manifests,
     read_record,
@@ -167,6 +168,8 @@ def _markdown(compressed: Compressed, manifests: dict[str, Manifest], benchmarks
             *_latency(benchmarks),
             "",
         ]
+    if compressed.sensitivity:
+        parts += ["## Each layer quantized alone", "", *_sensitivity(compressed), ""]
     parts += ["## Layers", "", *_layers(compressed)]
     return "\n".join(parts).rstrip() + "\n"
 
@@ -200,7 +203,8 @@ def _export(manifest: Manifest) -> list[str]:
         lines.append(f"- same arg max as float on {100 * proof.float_top1:.1f} % of the samples")
     if proof.int8_macs_share is not None:
         lines.append(f"- {100 * proof.int8_macs_share:.1f} % of the MACs in int8 kernels, as {proof.int8_source}")
-    return lines + [f"- **note:** {note}" for note in manifest.notes]
+    lines += [f"- **note:** {note}" for note in manifest.notes]
+    return lines + (_placement(manifest.placement) if manifest.placement else [])
 
 
 def _distance(output: OutputProof) -> str:
@@ -259,6 +263,38 @@ def _latency(benchmarks: Benchmarks) -> list[str]:
             lines.append(f"\n{record.target}: not timed: {record.why_not}.")
         lines += [f"\n{record.target}: {note}" for note in record.notes]
     return lines
+
+
+def _sensitivity(compressed: Compressed) -> list[str]:
+    """The layers that hurt most, with a bar for the share of the error."""
+    worst = sorted(compressed.sensitivity, key=lambda layer: layer.output_sqnr_db)[:_MOST_LAYERS]
+    noise = [10 ** (-layer.output_sqnr_db / 10) for layer in worst]
+    rows = [
+        (
+            f"`{layer.name}`",
+            layer.op_type,
+            f"{layer.local_sqnr_db:.1f}",
+            f"{layer.output_sqnr_db:.1f}",
+            f"{layer.output_cosine:.5f}",
+            "█" * max(1, round(20 * own / max(noise))),
+        )
+        for layer, own in zip(worst, noise, strict=True)
+    ]
+    return _table(("node", "operator", "its output, dB", "model's output, dB", "cosine", "error"), rows)
+
+
+def _placement(placement: TunedPlacement) -> list[str]:
+    """What was timed to decide which layers run in int8."""
+    rows = [
+        (
+            step.what,
+            step.precision,
+            f"{step.ratio:.2f} ({step.ci_low:.2f} to {step.ci_high:.2f})" if step.ratio is not None else step.failure,
+            "kept" if step.kept else "",
+        )
+        for step in placement.steps
+    ]
+    return ["", *_table(("timed", "to", "times faster", ""), rows)] if rows else []
 
 
 def _layers(compressed: Compressed) -> list[str]:

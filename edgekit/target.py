@@ -74,6 +74,7 @@ class Quantization(Table):
         quantize, pass_through: operator types; all others stay float.
         pass_through_q: "around" puts Q/DQ before and behind an operator that passes codes through, "before" only before
             it. What is read behind it has the same grid either way.
+        wide: whether layers whose activations were given 16 bits run so, or in float, which all shipped runtimes are faster in.
         attention: whether the two products of attention (queries by keys, probabilities by values) are quantized.
         integer_pad: where Pad runs on codes, padding with the zero point: "always", "never" (in float), or where that is
             "zero".
@@ -90,6 +91,7 @@ class Quantization(Table):
     quantize: tuple[str, ...] = ()
     pass_through: tuple[str, ...] = ()
     pass_through_q: Literal["around", "before"] = "around"
+    wide: Literal["quantize", "float"] = "float"
     attention: Literal["quantize", "float"] = "float"
     integer_pad: Literal["always", "zero", "never"] = "never"
 

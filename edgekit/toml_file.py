@@ -72,16 +72,19 @@ def _explain(mistake: dict[str, Any], kind: type[BaseModel], text: str) -> str:
 
 
 def _keys_at(kind: type[BaseModel], path: list[str]) -> list[str]:
-    for key in path:
+    for key in (one for one in path if not one.isdigit()):
         field = kind.model_fields.get(key)
         annotation = field.annotation if field else None
-        tables = [
-            one for one in (annotation, *get_args(annotation)) if isinstance(one, type) and issubclass(one, BaseModel)
-        ]
+        tables = [one for one in _nested(annotation) if isinstance(one, type) and issubclass(one, BaseModel)]
         if not tables:
             return []
         kind = tables[0]
     return list(kind.model_fields)
+
+
+def _nested(annotation: Any) -> list[Any]:
+    """A type and all that stand in its brackets."""
+    return [annotation, *(inner for argument in get_args(annotation) for inner in _nested(argument))]
 
 
 def _line_of(keys: list[str], text: str) -> int | None:

@@ -79,13 +79,16 @@ def _evaluate(value: ir.Value | None, source: ir.Value, number: int) -> tuple[fl
         return _combine(node, source, number)
     inner = (
         _evaluate(node.inputs[0], source, number)
-        if node.op_type in ("Unsqueeze", "Cast", "Identity", "Expand")
+        if node.op_type in ("Unsqueeze", "Cast", "Identity", "Expand", "Gather")
         else None
     )
     if inner is None or inner[1] is None or node.op_type == "Identity":
         return inner
     if node.op_type == "Unsqueeze":
         return inner[0], _unsqueezed(inner[1], node)
+    if node.op_type == "Gather":
+        axes = _picked(inner[1], node)
+        return None if axes is None else (inner[0], axes)
     if node.op_type == "Expand":
         return inner if len(dims(node.outputs[0]) or ()) == len(inner[1]) else None
     target = ir.DataType(node.attributes.get_int("to"))
@@ -101,6 +104,14 @@ def _combine(node: ir.Node, source: ir.Value, number: int) -> tuple[float, _Axes
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         result = _ELEMENTWISE[node.op_type](*(np.float32(part[0]) for part in found))
     return float(np.asarray(result).item()), axes.pop()
+
+
+def _picked(axes: _Axes, node: ir.Node) -> _Axes | None:
+    """Without the new axis whose only element a Gather picks; None for any other Gather."""
+    index, axis = constant(node.inputs[1]), node.attributes.get_int("axis", 0) % max(1, len(axes))
+    if index is None or index.shape or int(index) not in (0, -1) or not axes or axes[axis] is not None:
+        return None
+    return (*axes[:axis], *axes[axis + 1 :])
 
 
 def _unsqueezed(axes: _Axes, node: ir.Node) -> _Axes:

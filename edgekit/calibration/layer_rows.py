@@ -162,11 +162,32 @@ def collect_rows(
     each = max(1, -(-rows * share // max(1, samples)))
     found: dict[RowsKey, list[tuple[int, _Seen]]] = {rows_key(layer): [] for layer in layers}
     names = list(dict.fromkeys(name for name, _ in found))
-    for checksum, arrays, mask in run_samples(model, names, batches, share=share, threads=threads):
+    for sample in run_samples(model, names, batches, share=share, threads=threads):
         for (name, geometry), parts in found.items():
-            parts.append((checksum, _see(without_padding(arrays[name], mask), geometry, each)))
+            parts.append((sample.checksum, _see(sample.real(name, geometry), geometry, each * sample.size)))
     ordered = {key: sorted(parts, key=lambda part: part[0]) for key, parts in found.items() if parts}
     return {key: _joined([part for _, part in parts]) for key, parts in ordered.items()}
+
+
+class Sample(NamedTuple):
+    """What one run of the model gave.
+
+    Attributes:
+        checksum: of its content; 0 where no other sample was chosen.
+        size: how many samples it is: those of a batch that cannot be cut.
+        arrays: values by name.
+        mask: which tokens are real.
+    """
+
+    checksum: int
+    size: int
+    arrays: dict[str, NDArray[np.generic]]
+    mask: Mask
+
+    def real(self, name: str, geometry: Geometry) -> NDArray[np.generic]:
+        """A value without padding, for a layer of tokens; what a convolution reads has channels where tokens have places."""
+        array = self.arrays[name]
+        return without_padding(array, self.mask) if geometry.kind == "rows" else array
 
 
 class _Seen(NamedTuple):
@@ -197,38 +218,38 @@ def _joined(seen: Sequence[_Seen]) -> RowSample:
 
 def run_samples(
     model: ir.Model, names: Sequence[str], batches: Iterable[Batch], *, share: int, threads: int = 0
-) -> Iterator[tuple[int, dict[str, NDArray[np.generic]], Mask]]:
-    """Named values of about one in `share` samples, each run alone; of the first where that is none.
-
-    Before them stands a checksum of the sample's content, after them its padding mask.
-    """
+) -> Iterator[Sample]:
+    """Named values of about one in `share` samples, each run alone; of the first where that is none."""
     inputs = {value.name: value for value in model.graph.inputs}
     computed = [name for name in names if name not in inputs]
     session = Session(with_outputs(model, set(computed)), optimize=True, threads=threads)
 
-    def values(feeds: dict[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
+    def run(feeds: dict[str, NDArray[np.generic]], size: int, checksum: int) -> Sample:
         made = session.run(feeds, outputs=computed) if computed else {}
-        return {name: made[name] if name in made else feeds[name] for name in names}
+        arrays = {name: made[name] if name in made else feeds[name] for name in names}
+        return Sample(checksum, size, arrays, padding_mask(feeds))
 
-    first: dict[str, NDArray[np.generic]] | None = None
-    for feeds in _samples(batches, cut=open_batch_axis(model)):
+    first: tuple[dict[str, NDArray[np.generic]], int] | None = None
+    chosen = False
+    for feeds, size in _samples(batches, cut=open_batch_axis(model)):
         checksum = _checksum(feeds)
         if checksum % share == 0:
-            first = {}
-            yield checksum, values(feeds), padding_mask(feeds)
+            chosen = True
+            yield run(feeds, size, checksum)
         elif first is None:
-            first = feeds
-    if first:
-        yield 0, values(first), padding_mask(first)
+            first = feeds, size
+    if first is not None and not chosen:
+        yield run(*first, checksum=0)
 
 
-def _samples(batches: Iterable[Batch], *, cut: bool) -> Iterator[dict[str, NDArray[np.generic]]]:
+def _samples(batches: Iterable[Batch], *, cut: bool) -> Iterator[tuple[dict[str, NDArray[np.generic]], int]]:
+    """What is run at once, and how many samples it is."""
     for batch in batches:
         if batch.single or not cut or len(batch) == 1:
-            yield batch.feeds
+            yield batch.feeds, len(batch)
             continue
         for index in range(len(batch)):
-            yield {name: np.ascontiguousarray(array[index : index + 1]) for name, array in batch.feeds.items()}
+            yield {name: np.ascontiguousarray(array[index : index + 1]) for name, array in batch.feeds.items()}, 1
 
 
 def _checksum(feeds: Mapping[str, NDArray[np.generic]]) -> int:
@@ -239,7 +260,7 @@ def _checksum(feeds: Mapping[str, NDArray[np.generic]]) -> int:
 
 
 def rows_of(array: NDArray[np.generic], geometry: Geometry, count: int) -> F32:
-    """At most `count` rows for each sample, `(groups, n, K)`, of positions that are spread over `array`."""
+    """At most `count` rows, `(groups, n, K)`, of positions that are spread over `array`."""
     values = np.asarray(array, np.float32)
     if geometry.kind == "rows":
         flat = values.reshape(-1, values.shape[-1])

@@ -106,7 +106,7 @@ class _Watch:
         arrays = self._session.run(feeds, outputs=self._names)
         mask = padding_mask(feeds)
         for value, name in zip(self._computed, self._names, strict=True):
-            _update(observers[value], without_padding(arrays.pop(name), mask), value)
+            _update(observers[value], without_padding(arrays.pop(name), None if _has_maps(value) else mask), value)
 
 
 def _in_order(
@@ -143,6 +143,14 @@ def _samples(batch: Batch) -> list[dict[str, NDArray[np.generic]]]:
 def open_batch_axis(model: ir.Model) -> bool:
     """Whether every input leaves the size of axis 0 open."""
     return all(value.shape and not isinstance(value.shape[0], int) for value in model.graph.inputs)
+
+
+def _has_maps(value: ir.Value) -> bool:
+    """Whether axis 1 of a value is that of the channels of a convolution, not of tokens."""
+    nodes = [value.producer(), *(use.node for use in value.uses())]
+    return any(
+        node is not None and (node.op_type.startswith("Conv") or node.op_type.endswith("Pool")) for node in nodes
+    )
 
 
 def _update(observer: HistogramObserver, array: NDArray[np.generic], value: ir.Value) -> None:

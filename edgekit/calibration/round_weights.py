@@ -21,7 +21,6 @@ from edgekit.calibration.layer_rows import (
     rows_of,
     run_samples,
 )
-from edgekit.calibration.padding import without_padding
 from edgekit.data import Batch
 from edgekit.graph.annotations import get_params, set_params
 from edgekit.method import Method
@@ -70,7 +69,7 @@ def round_weights(
 def _wanted(layer: LinearLayer, method: Method) -> bool:
     params = get_params(layer.weight)
     mine = params is not None and not params.fixed and len(layer.weight.uses()) == 1
-    return mine and method.for_layer(layer.name).rounding == "gptq"
+    return mine and method.for_layer(layer.name).rounding in ("gptq", "adaround")  # the latter goes on from there
 
 
 def _groups(layers: Sequence[LinearLayer]) -> Iterator[list[LinearLayer]]:
@@ -98,9 +97,9 @@ def _hessians(
     sources = {rows_key(layer): layer.source for layer in layers}
     found = {key: _Hessian(get_params(source)) for key, source in sources.items()}
     names = list(dict.fromkeys(name for name, _ in sources))
-    for _, arrays, mask in run_samples(model, names, batches, share=share, threads=threads):
-        for key, hessian in found.items():
-            hessian.update(rows_of(without_padding(arrays[key[0]], mask), key[1], each))
+    for sample in run_samples(model, names, batches, share=share, threads=threads):
+        for (name, geometry), hessian in found.items():
+            hessian.update(rows_of(sample.real(name, geometry), geometry, each * sample.size))
     return {key: total for key, hessian in found.items() if (total := hessian.total()) is not None}
 
 

@@ -39,8 +39,9 @@ class _Group:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A constant that is multiplied along `axis` from index `start` on."""
+    """A constant, as `node` reads it, that is multiplied along `axis` from index `start` on."""
 
+    node: ir.Node
     constant: ir.Value
     axis: int
     start: int
@@ -178,12 +179,12 @@ def _places(value: ir.Value, start: int) -> list[_Place] | None:
         return None
     match node.op_type:
         case "LayerNormalization" if node.attributes.get_int("axis", -1) in (-1, _rank(value) - 1):
-            return _rows(node.inputs[1:], value, start)
+            return _rows(node, node.inputs[1:], value, start)
         case "Mul":
-            return _rows([v for v in node.inputs if is_constant(v)], value, start)
+            return _rows(node, [v for v in node.inputs if is_constant(v)], value, start)
         case "Add":
             shifts, others = [v for v in node.inputs if is_constant(v)], [v for v in node.inputs if not is_constant(v)]
-            rows = _rows(shifts, value, start)
+            rows = _rows(node, shifts, value, start)
             source = (
                 _places(others[0], start) if len(others) == 1 and others[0] is not None and _single(others[0]) else None
             )
@@ -191,7 +192,7 @@ def _places(value: ir.Value, start: int) -> list[_Place] | None:
         case "MatMul" if is_constant(node.inputs[1]):
             weight = node.inputs[1]
             assert weight is not None
-            return [_Place(weight, 1, start)] if _rank(weight) == 2 and len(weight.uses()) == 1 else None
+            return [_Place(node, weight, 1, start)] if _rank(weight) == 2 and len(weight.uses()) == 1 else None
         case "Split":
             return _through_split(node, value, start)
         case "Reshape":
@@ -200,16 +201,17 @@ def _places(value: ir.Value, start: int) -> list[_Place] | None:
             return None
 
 
-def _rows(constants: Sequence[ir.Value | None], value: ir.Value, start: int) -> list[_Place] | None:
+def _rows(node: ir.Node, constants: Sequence[ir.Value | None], value: ir.Value, start: int) -> list[_Place] | None:
     """Constants of one number for each channel."""
-    assert value.shape is not None
+    if value.shape is None:
+        return None
     places = []
     for constant in constants:
         if constant is None:
             continue
         if not is_constant(constant) or constant.shape is None or list(constant.shape) != [value.shape[-1]]:
             return None
-        places.append(_Place(constant, 0, start))
+        places.append(_Place(node, constant, 0, start))
     return places or None
 
 
@@ -259,8 +261,7 @@ def _divide_place(graph: ir.Graph, place: _Place, factor: F32, taken: set[str | 
     assert isinstance(length, int)
     whole = np.ones(length, np.float32)
     whole[place.start : place.start + len(factor)] = 1.0 / factor
-    users = [use.node for use in constant.uses()]
-    _multiply(graph, users[0], constant, place.axis, whole, taken)
+    _multiply(graph, place.node, constant, place.axis, whole, taken)
 
 
 def _multiply(

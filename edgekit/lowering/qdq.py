@@ -17,7 +17,7 @@ from edgekit.lowering.tables import lower_tables
 from edgekit.lowering.weight_only import lower_weights
 from edgekit.lowering.writer import node_name, remove_dead
 from edgekit.quant.affine import TINY, constant_codes, middle_code, quantize, regrid, weight_params
-from edgekit.quant.spec import QuantParams, QuantSpec
+from edgekit.quant.spec import WIDE, QuantParams, QuantSpec
 from edgekit.target import Target
 
 _OLDEST = 13
@@ -73,15 +73,21 @@ def _regrid(model: ir.Model, target: Target) -> None:
         params = get_params(value)
         assert params is not None
         try:
-            weight = is_constant(value)
-            set_params(
-                value,
-                _weight_grid(value, params, rules.weight.spec) if weight else regrid(params, rules.activation.spec),
-            )
+            if is_constant(value):
+                set_params(value, _weight_grid(value, params, rules.weight.spec))
+            else:
+                set_params(value, _activation_grid(params, rules.activation.spec, rules.wide))
         except GraphError as error:
             raise GraphError(
                 f"tensor {value.name!r} cannot be quantized for target {target.name!r}: {error}"
             ) from error
+
+
+def _activation_grid(params: QuantParams, spec: QuantSpec, wide: str) -> QuantParams | None:
+    """The grid of an activation for a target; None where it has 16 bits and the target leaves what reads it in float."""
+    if params.fixed or params.dtype not in WIDE.values() or spec.dtype in WIDE.values():
+        return regrid(params, spec)
+    return regrid(params, replace(spec, dtype=WIDE[spec.dtype])) if wide == "quantize" else None
 
 
 def _weight_grid(weight: ir.Value, params: QuantParams, spec: QuantSpec) -> QuantParams:

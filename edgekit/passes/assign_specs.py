@@ -10,12 +10,10 @@ from edgekit.graph.annotations import set_wish
 from edgekit.graph.operators import Roles, is_constant
 from edgekit.graph.rules import ACTIVATIONS, PRECISION, absorbed_output, embeddings, quantized_nodes, shares_grid
 from edgekit.method import EVERYTHING, Method
-from edgekit.quant.spec import QuantSpec
+from edgekit.quant.spec import WIDE, QuantSpec
 from edgekit.target import Target
 
 TABLE = QuantSpec("int8", symmetric=True, per_channel=True, narrow_range=True)
-WIDE = {"uint8": "uint16", "int8": "int16", "uint16": "uint16", "int16": "int16"}
-"""The same kind of grid in 16 bits."""
 
 
 def assign_specs(model: ir.Model, target: Target, method: Method = EVERYTHING) -> ir.Model:
@@ -44,6 +42,7 @@ def assign_specs(model: ir.Model, target: Target, method: Method = EVERYTHING) -
         marked.update(absorbed_output(out, target) for out in node.outputs)
         wide.update(read if own.precision == "int16" else ())
     _spread(model, target, marked)
+    _spread(model, target, wide)
     activation = target.quantization.activation.spec
     for value in marked:
         if not is_constant(value):

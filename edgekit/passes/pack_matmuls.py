@@ -23,7 +23,7 @@ def pack_matmuls(model: ir.Model) -> ir.Model:
     3. Widths may differ: the Split has their sizes.
     4. Layers whose weight, bias or output has a grid stay: one grid would have to become one of many columns.
 
-    The packed layer is named after its members, what differs in braces: `self.{query,key,value}`. Outputs keep their names.
+    The packed layer is named after its members, what differs joined by plus signs: `self.query+key+value`. Outputs keep their names.
     It computes each number as before, from the same products.
     """
     model = model.clone()
@@ -151,7 +151,7 @@ def _joined(names: Sequence[str]) -> str:
     same = [len({words[-1 - i] for words in split}) == 1 for i in range(shortest - begin - 1)]
     end = same.index(False) if False in same else len(same)
     middles = ["".join(words[begin : len(words) - end]) for words in split]
-    return "".join([*split[0][:begin], "{", ",".join(middles), "}", *split[0][len(split[0]) - end :]])
+    return "".join([*split[0][:begin], "+".join(middles), *split[0][len(split[0]) - end :]])
 
 
 def _constant(graph: ir.Graph, name: str, array: np.ndarray, like: ir.TensorProtocol | None = None) -> ir.Value:

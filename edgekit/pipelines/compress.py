@@ -12,7 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 import edgekit
-from edgekit.data import Preprocess, open_data
+from edgekit.data import Dataset, Preprocess, open_data
 from edgekit.errors import DataError
 from edgekit.graph.annotations import annotated_values
 from edgekit.graph.io import save_annotated
@@ -23,6 +23,8 @@ from edgekit.lowering.qdq import lower_qdq
 from edgekit.method import EVERYTHING, Method
 from edgekit.metric import Evaluate, Runner, open_metric
 from edgekit.output import check_folder, replaced_files, sha256, write_text
+from edgekit.pipelines.floor import explain as measure_layers
+from edgekit.pipelines.floor import lift_notes, make_goal, meet
 from edgekit.pipelines.quantize import Calibrating, quantize
 from edgekit.pipelines.sources import EXAMPLES, canonicalize, input_specs, load_source, rewrite
 from edgekit.pipelines.split import Arrays, calibrating_samples, first_batch, held_back, save_arrays
@@ -33,6 +35,9 @@ from edgekit.target import PORTABLE, Target, load_target
 
 DEFAULT_SAMPLES = 512
 FEW_SAMPLES = 32
+
+Calibration = str | Path | Mapping[str, Any] | Iterable[Any] | Callable[[], Any]
+"""What `edgekit.data.open_data` opens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +52,15 @@ def compress(
     source: object,
     out: str | Path,
     *,
-    calibration: str | Path | Mapping[str, Any] | Iterable[Any] | Callable[[], Any],
+    calibration: Calibration,
     model: str | Callable[[], object] | None = None,
     samples: int = DEFAULT_SAMPLES,
     target: str = PORTABLE,
     method: Method = EVERYTHING,
     evaluate: str | Path | Callable[[Runner], float] | None = None,
+    max_drop: str | float | None = None,
+    time_budget: float | None = None,
+    explain: bool = False,
     preprocess: Preprocess | None = None,
     trust_checkpoint: bool = False,
     on_progress: Progress = silent,
@@ -69,6 +77,10 @@ def compress(
         target: compress for one target, or "portable" for all.
         method: how; the default quantizes weights and activations to 8 bits.
         evaluate: a metric or labelled data; see `edgekit.metric.open_metric`.
+        max_drop: how much worse than float the quantized model may be, in points of the metric, or "30dB" or "cos0.999" of its
+            outputs; the fewest layers are left in float that it takes.
+        time_budget: seconds for that search (ten minutes when None); it ends with the best so far.
+        explain: measure what quantizing each layer alone does.
         preprocess: for images.
         trust_checkpoint: open checkpoints that run pickled code.
         on_progress: told of each step.
@@ -78,13 +90,9 @@ def compress(
     """
     out, rules = Path(out), load_target(target)
     check_operators(rules)
-    if samples < 1:
-        raise DataError(f"samples is {samples}; at least one is needed, a few hundred make good ranges")
     check_folder(out, marker=COMPRESSED, what="an edgekit output folder")
-    dataset = open_data(calibration, preprocess=preprocess)
-
-    if dataset.size == 0:
-        raise DataError(f"{dataset.name}: holds no samples; give at least one, better a few hundred")
+    goal = None if max_drop is None else make_goal(str(max_drop), time_budget, out, has_metric=evaluate is not None)
+    dataset = _open(calibration, preprocess, samples)
 
     on_progress("load the source", 0, None)
     graph, origin = load_source(source, dataset, factory=model, trust=trust_checkpoint, opset=rules.graph.opset)
@@ -98,6 +106,9 @@ def compress(
     calibrating = Calibrating(data, calibrating_samples(data, samples), on_progress)
     verifying, remark = held_back(data, calibrating.stop)
     graph = quantize(graph, rules, method, calibrating)
+    calibrated = calibrating.done
+    found = measure_layers(graph, rules, calibrating, on_progress) if explain or goal else ()
+    graph, lifted = meet(graph, rules, goal, found, calibrating, metric, on_progress) if goal else (graph, None)
 
     on_progress("evaluate", 0, None)
     float_metric, simulated_metric = _evaluate(graph, rules, metric)
@@ -107,7 +118,7 @@ def compress(
         source=origin,
         target=rules.name,
         method=method,
-        samples=calibrating.done,
+        samples=calibrated,
         held_back=len(next(iter(verifying.values()))),
         evaluate=_reference(evaluate),
         preprocess=preprocess,
@@ -115,9 +126,20 @@ def compress(
         simulated_metric=simulated_metric,
         layers=tuple(map(_layer, layers(graph))),
         stays_float=_stays_float(graph, rules),
-        notes=(*_notes(graph, rules, calibrating.done, origin), *filter(None, [remark])),
+        sensitivity=found,
+        lifted=lifted,
+        notes=(*_notes(graph, rules, calibrated, origin), *lift_notes(lifted), *filter(None, [remark])),
     )
     return _write(out, graph, verifying, record)
+
+
+def _open(calibration: Calibration, preprocess: Preprocess | None, samples: int) -> Dataset:
+    if samples < 1:
+        raise DataError(f"samples is {samples}; at least one is needed, a few hundred make good ranges")
+    dataset = open_data(calibration, preprocess=preprocess)
+    if dataset.size == 0:
+        raise DataError(f"{dataset.name}: holds no samples; give at least one, better a few hundred")
+    return dataset
 
 
 def _write(out: Path, graph: ir.Model, verifying: Arrays, record: Compressed) -> CompressResult:

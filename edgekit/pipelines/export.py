@@ -25,11 +25,23 @@ from edgekit.lowering.qoperator import lower_qoperator
 from edgekit.lowering.weight_only import check_format
 from edgekit.metric import Evaluate, Runner, open_metric
 from edgekit.output import sha256, staged_folder, write_text
+from edgekit.pipelines.placement import fastest, placement_notes
 from edgekit.pipelines.stored import Stored, open_stored, samples_of_size
 from edgekit.pipelines.targets import missing
 from edgekit.progress import Progress, silent
 from edgekit.proof import Arrays, compare, int8_share, lost_slices, run_batches
-from edgekit.records import MANIFEST, MODEL, Compressed, FileRecord, Manifest, Metric, Proof, read_record, versions
+from edgekit.records import (
+    MANIFEST,
+    MODEL,
+    Compressed,
+    FileRecord,
+    Manifest,
+    Metric,
+    Proof,
+    TunedPlacement,
+    read_record,
+    versions,
+)
 from edgekit.report import write_report
 from edgekit.target import Format, Target, load_target
 from edgekit.worker import Worker
@@ -87,6 +99,8 @@ def export(
     format: Format | None = None,
     evaluate: str | Path | Callable[[Runner], float] | None = None,
     allow_wrong: bool = False,
+    tune_placement: bool = True,
+    time_budget: float | None = None,
     on_progress: Progress = silent,
 ) -> list[ExportResult]:
     """Lower, convert and verify the compressed model in `out` for each of `targets`.
@@ -97,6 +111,9 @@ def export(
         format: of the graph; the target's own when None.
         evaluate: as in `compress`, whose own is used when None.
         allow_wrong: keep an artifact, for inspection, that its runtime computes wrongly and that could not be repaired.
+        tune_placement: let measured time decide which layers run in int8, where the target's device is this machine. It takes a
+            `time_budget`, or an earlier result for the same model, target and runtime.
+        time_budget: seconds for that, for each target.
         on_progress: told of each step.
 
     Raises:
@@ -119,7 +136,9 @@ def export(
     results, failures = [], []
     for target in rules:
         try:
-            results.append(_export_to(stored, target, format or target.graph.format, metric, allow_wrong, on_progress))
+            seconds = time_budget or 0.0 if tune_placement else None
+            chosen = format or target.graph.format
+            results.append(_export_to(stored, target, chosen, metric, allow_wrong, seconds, on_progress))
         except EdgekitError as error:  # the others go on
             failures.append(error)
         write_report(stored.folder)
@@ -130,13 +149,19 @@ def export(
 
 
 def _export_to(
-    stored: Stored, target: Target, format: Format, metric: Evaluate | None, allow_wrong: bool, on_progress: Progress
+    stored: Stored,
+    target: Target,
+    format: Format,
+    metric: Evaluate | None,
+    allow_wrong: bool,
+    tuning_s: float | None,
+    on_progress: Progress,
 ) -> ExportResult:
     """Export to one target, into its folder or not at all."""
     final = stored.folder / target.name
     _check_strangers(final)
     with staged_folder(final, marker=MANIFEST, what="an edgekit export") as folder:
-        manifest = _export_one(stored, target, format, metric, folder, on_progress)
+        manifest = _export_one(stored, target, format, metric, folder, tuning_s, on_progress)
         if manifest.proof.agrees is False and not allow_wrong:
             raise GoalError(
                 f"target {target.name!r}: {manifest.runtime} does not compute what the simulation does, and no layer kept in float "
@@ -175,7 +200,13 @@ def _check_target(target: Target, format: Format | None) -> None:
 
 
 def _export_one(
-    stored: Stored, target: Target, format: Format, metric: Evaluate | None, folder: Path, on_progress: Progress
+    stored: Stored,
+    target: Target,
+    format: Format,
+    metric: Evaluate | None,
+    folder: Path,
+    tuning_s: float | None,
+    on_progress: Progress,
 ) -> Manifest:
     backend = get_backend(target.backend)
     available = backend.available(target)
@@ -185,20 +216,24 @@ def _export_one(
     floats = run_batches(Session(stored.model, optimize=False).run, batches)
     target = target.model_copy(update={"graph": target.graph.model_copy(update={"format": format})})
     job = _Job(stored.model, target, format, backend, available, folder, batches, floats, stored.record.held_back)
+    placement = None
+    if tuning_s is not None and available.can_run and format == "qdq":
+        placement = fastest(stored, target, backend, tuning_s, on_progress)
+    slow = frozenset(placement.keep_float) if placement else frozenset()
     kept: tuple[str, ...] = ()
     while True:
         on_progress(f"{target.name}: lower, convert, verify", len(kept), None)
-        candidate, problem = _try(job, frozenset(kept))
+        candidate, problem = _try(job, slow | frozenset(kept))
         if not problem or len(kept) == MOST_REPAIRS:
             break
         on_progress(f"{target.name}: find the layer that the runtime gets wrong", len(kept), None)
-        guilty = _find_guilty(job, frozenset(kept))
+        guilty = _find_guilty(job, slow | frozenset(kept))
         if guilty is None:
             break
         kept = (*kept, guilty)
     if candidate is None:
         raise BackendError(problem)
-    return _describe(job, stored.record, candidate, kept, metric)
+    return _describe(job, stored.record, candidate, kept, placement, metric)
 
 
 def _try(job: _Job, keep_float: frozenset[str]) -> tuple[_Candidate | None, str]:
@@ -275,7 +310,12 @@ def _batch_size(batch: Arrays) -> int:
 
 
 def _describe(
-    job: _Job, record: Compressed, candidate: _Candidate, kept: tuple[str, ...], metric: Evaluate | None
+    job: _Job,
+    record: Compressed,
+    candidate: _Candidate,
+    kept: tuple[str, ...],
+    placement: TunedPlacement | None,
+    metric: Evaluate | None,
 ) -> Manifest:
     """Measure the metric and write the manifest."""
     artifact = candidate.artifact
@@ -303,7 +343,8 @@ def _describe(
         if record.float_metric and value and record.float_metric.name == value.name
         else None,
         metric_source=source,
-        notes=tuple(_notes(job, candidate, kept)),
+        placement=placement,
+        notes=(*_notes(job, candidate, kept), *placement_notes(placement)),
     )
     write_text(job.folder / MANIFEST, json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n")
     return manifest

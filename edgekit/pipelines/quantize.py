@@ -25,7 +25,7 @@ from edgekit.target import Target
 
 @dataclass(slots=True)
 class Calibrating:
-    """The batches up to sample number `stop`, as often as they are asked for; `done` counts the samples of the last round."""
+    """The batches up to sample number `stop`, as often as they are asked for; `done` counts the samples of the last whole round."""
 
     data: BoundData
     stop: int
@@ -34,15 +34,17 @@ class Calibrating:
     done: int = 0
 
     def __iter__(self) -> Iterator[Batch]:
-        self.done = 0
+        seen = 0
         for batch in self.data.batches(BATCH_SIZE, 0, self.stop):
             yield batch
-            self.done += len(batch)
-            self.on_progress(self.step, self.done, self.stop)
+            seen += len(batch)
+            self.on_progress(self.step, seen, self.stop)
+        self.done = seen
 
     def named(self, step: str) -> Calibrating:
-        """The same samples under another step's name."""
-        return Calibrating(self.data, self.stop, self.on_progress, step)
+        """The same, under another step's name from now on."""
+        self.step = step
+        return self
 
 
 def quantize(model: ir.Model, rules: Target, method: Method, batches: Calibrating) -> ir.Model:
@@ -57,9 +59,14 @@ def quantize(model: ir.Model, rules: Target, method: Method, batches: Calibratin
         model = _smooth(model, rules, batches)
     model = assign_specs(model, rules, method)
     rows = _rows(model, method, batches)
-    model = calibrate(model, rules, batches, method=method, rows=rows)
+    model = calibrate(model, rules, batches.named("calibrate"), method=method, rows=rows)
     model = unify_params(model, rules)
     model = round_weights(model, batches.named("round weights"), samples=batches.stop, method=method)
+    if "adaround" in {method.rounding, *(layer.rounding for layer in method.layers)}:
+        # Torch takes seconds to import, and no other rounding needs it.
+        from edgekit.training.round_layers import round_layers
+
+        model = round_layers(model, batches.named("adaround"), samples=batches.stop, method=method)
     return correct_bias(model, rows) if method.bias_correction else model
 
 

@@ -21,6 +21,9 @@ class CompressTable(Table):
     target: str | None = None
     evaluate: str | None = None
     trust_checkpoint: bool | None = None
+    max_drop: str | float | None = None
+    time_budget: float | None = None
+    explain: bool | None = None
 
 
 class DataTable(Table):
@@ -66,7 +69,8 @@ def merged_method(
 def _layer(text: str) -> dict[str, str | int]:
     pattern, colon, choices = text.rpartition(":")
     pairs = [choice.partition("=") for choice in choices.split(",")]
-    if not colon or not pattern or not all(key and equals and value for key, equals, value in pairs):
+    known = all(key and key != "match" and equals and value for key, equals, value in pairs)
+    if not colon or not pattern or not known:
         raise TargetError(
             f"--layer {text!r}: expected PATTERN:KEY=VALUE,..., such as 'layer1.*:precision=float'; keys are "
             f"{', '.join(name for name in LayerMethod.model_fields if name != 'match')}"

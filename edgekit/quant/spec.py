@@ -20,6 +20,9 @@ INTEGER_RANGES: dict[str, tuple[int, int]] = {
 }
 """The representable codes of each quantized type, both ends included."""
 
+WIDE = {"uint8": "uint16", "int8": "int16", "uint16": "uint16", "int16": "int16"}
+"""The same kind of grid in 16 bits."""
+
 
 @dataclass(frozen=True, slots=True)
 class QuantSpec:
