@@ -126,8 +126,8 @@ def test_memory_does_not_grow_with_the_number_of_samples() -> None:
 
     peak(1)
     few, many = peak(4), peak(64)
-    one_batch = 4 * 16 * 16 * 8 * 4  # bytes of the largest activation
-    assert many < few + one_batch
+    one_batch = 4 * 16 * 16 * 8 * 4  # bytes of the largest activation; some are under way at the same time
+    assert many < few + 4 * one_batch
 
 
 def test_grids_that_are_there_are_not_moved_and_what_is_tied_joins_them() -> None:

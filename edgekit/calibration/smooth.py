@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from edgekit.calibration.layer_rows import LinearLayer, Rows, RowSample, linear_layers, matrix, numbers, rows_key
 from edgekit.graph.annotations import all_values, fresh_name
 from edgekit.graph.operators import copy_type, is_constant, roles
-from edgekit.graph.rules import quantized_nodes
+from edgekit.graph.rules import passes_on, quantized_nodes
 from edgekit.quant.affine import choose_params, fake_quantize, weight_params
 from edgekit.quant.spec import QuantSpec
 from edgekit.target import Target
@@ -69,7 +69,8 @@ def smooth(model: ir.Model, target: Target, rows: Rows) -> ir.Model:
     2. The division is folded into what makes the value: the gain and shift of a LayerNormalization (or of a Mul and Add by
        constants), or a matrix product, through attention's weighted sum of values.
     3. Where others read that value too, or its producer cannot take a factor (GELU), a Mul is put in for these layers, when the
-       error falls below `WORTH_A_NODE` of what it was.
+       error falls below `WORTH_A_NODE` of what it was. Not where the value comes from a quantized operator: its codes go straight
+       to the layer.
 
     The float function is the same. Reference: Xiao et al. 2022, "SmoothQuant", arXiv:2211.10438, equation 4.
     """
@@ -78,7 +79,7 @@ def smooth(model: ir.Model, target: Target, rows: Rows) -> ir.Model:
     activation, weight = target.quantization.activation.spec, target.quantization.weight.spec
     for group in _groups(smoothable(model, target)):
         known = rows.get(rows_key(group.layers[0]))
-        if known is None:
+        if known is None or (group.places is None and _is_on_codes(group.source, model, target)):
             continue
         factor, left = _best_factor(known, group.layers, activation, weight)
         if left >= (1.0 if group.places is not None else WORTH_A_NODE):
@@ -129,6 +130,15 @@ def _groups(layers: Sequence[LinearLayer]) -> Iterator[_Group]:
         only = {use.node for use in source.uses()} == {layer.node for layer in members} and not source.is_graph_output()
         places = _places(source, 0) if only else None
         yield _Group(source, tuple(members), None if places is None else tuple(places))
+
+
+def _is_on_codes(value: ir.Value, model: ir.Model, target: Target) -> bool:
+    """Whether a quantized operator makes a value, perhaps with operators behind it that pass codes on."""
+    quantized = quantized_nodes(model, target)
+    node = value.producer()
+    while node is not None and node not in quantized and node.inputs and passes_on(node, target):
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
+    return node is not None and node in quantized
 
 
 def _best_factor(
