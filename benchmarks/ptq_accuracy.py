@@ -140,8 +140,7 @@ def low_bits(zoo: Path, folder: Path, effort: Effort) -> Section:
         samples=resnet20.CALIBRATION_IMAGES,
         preprocess=resnet20.PREPROCESS,
         evaluate=zoo / resnet20.TEST,
-        weights="int4",
-        activations="static",
+        method=edgekit.Method(weights="int4", equalize=True),
     ).record
     assert images.float_metric is not None and images.simulated_metric is not None
     lost = images.float_metric.value - images.simulated_metric.value
@@ -158,9 +157,7 @@ def low_bits(zoo: Path, folder: Path, effort: Effort) -> Section:
             model=FACTORY,
             calibration=sentences.calibration,
             samples=CALIBRATION_SENTENCES,
-            weights="int4",
-            block=BLOCK,
-            activations="none",
+            method=edgekit.Method(weights="int4", block_size=BLOCK, activations="none"),
         ),
         folder / "int4",
         (X86_OPENVINO, X86_ONNXRUNTIME),

@@ -40,6 +40,8 @@ CALIBRATION_IMAGES, OTHER_IMAGES = 64, 64
 PEER_BATCH = 8
 ALL_INT8 = f"{OURS}, all int8"
 MOBILENET_GAIN = 1.10
+TUNING_S = 120.0
+"""Seconds that the placement of one target may take."""
 
 
 def speed(zoo: Path, folder: Path, effort: Effort) -> Section:
@@ -98,7 +100,7 @@ def _tuned(subject: Subject, folder: Path) -> Subject:
     """The same compressed model, exported with its layers placed by measured time."""
     _say("placement by measured time")
     shutil.copytree(subject.folder, folder)
-    exports = edgekit.export(folder, TARGETS, tune_placement=True)
+    exports = edgekit.export(folder, TARGETS, time_budget=TUNING_S)
     return replace(subject, folder=folder, manifests={one.manifest.target: one.manifest for one in exports})
 
 

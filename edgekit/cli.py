@@ -118,8 +118,11 @@ _folder = click.argument("folder", metavar="OUT", type=click.Path(path_type=Path
     "--model", metavar="FILE.py:FACTORY", help="What makes the nn.Module of a checkpoint; or package.module:factory."
 )
 @click.option(
-    "--calibration", metavar="PATH|MODULE:FUNCTION", help=".npz, .npy, a folder or zip of images, or a function."
+    "--calibration",
+    metavar="PATH|MODULE:FUNCTION",
+    help=".npz, .npy, a folder or zip of images, a function, or synthetic.",
 )
+@click.option("--input-shape", help="Of one sample, such as 3x224x224, for --calibration synthetic of a checkpoint.")
 @click.option("--samples", type=int, help="How many samples calibrate.  [default: 512]")
 @click.option("--target", help="Compress for one target instead of all.")
 @click.option("--portable", is_flag=True, help="Compress for all targets (the default).")

@@ -20,8 +20,8 @@ from transformer_graphs import annotated, bert, feeds, vit
 
 BACKEND = OnnxRuntimeBackend()
 NAMES = ("x86-onnxruntime", "arm-onnxruntime")
-MASKS = ("padding", "lowest", "where", "hidden", "weak", "float", "keys", "none")
-QUANTIZED_MASKS = ("padding", "lowest", "where", "hidden", "none")
+MASKS = ("padding", "lowest", "where", "hidden", "picked", "weak", "float", "keys", "none")
+QUANTIZED_MASKS = ("padding", "lowest", "where", "hidden", "picked", "none")
 """Those that `QAttention` can take."""
 ROUNDING = 0.02
 """Of an output's largest magnitude: codes that flip at ties. A wrong mask, scale or number of heads is off by 0.1 and more."""

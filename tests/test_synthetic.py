@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import edgekit
+from conftest import TinyFiles
 from edgekit.data import InputSpec, Preprocess, open_data
 from edgekit.errors import DataError, SourceError
 from edgekit.graph.io import load_annotated
@@ -168,3 +169,22 @@ def _agreement(module: nn.Module, calibration: dict[str, NDArray[Any]], out: Pat
         for model in (graph, lower_qdq(graph, load_target("portable")))
     )
     return float(np.mean(wanted == got))
+
+
+def test_an_onnx_file_is_compressed_without_data(tiny: TinyFiles, tmp_path: Path) -> None:
+    record = edgekit.compress(tiny.model, tmp_path / "out", calibration="synthetic").record
+    assert any("synthetic data" in note for note in record.notes)
+    assert record.samples > 32
+    (result,) = edgekit.export(tmp_path / "out", "x86-onnxruntime")
+    assert result.manifest.proof.agrees
+
+
+def test_a_checkpoint_without_data_needs_the_shape_of_a_sample(tmp_path: Path) -> None:
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).eval()
+    with pytest.raises(DataError, match=r"--input-shape is None: a torch model does not say what it reads; give .*3x224x224"):
+        edgekit.compress(module, tmp_path / "out", calibration="synthetic")
+    with pytest.raises(DataError, match="--input-shape is '3x-1'"):
+        edgekit.compress(module, tmp_path / "out", calibration="synthetic", input_shape="3x-1")
+    assert list(tmp_path.iterdir()) == []
+    record = edgekit.compress(module, tmp_path / "out", calibration="synthetic", input_shape="3x12x12").record
+    assert any("synthetic data" in note for note in record.notes)

@@ -67,6 +67,8 @@ class Transformer(Net):
         """What is added to scores: from an integer mask in the ways that exporters write it, or a float mask as it comes."""
         if kind in ("none", "float", "keys"):
             return mask or None
+        if kind == "picked":
+            return self._picked(mask)
         axes = self.constant("mask.axes", np.array([1, 2]))
         mask = self.op("Unsqueeze", [mask, axes], "mask.wide")
         zero, lowest = self.constant("mask.zero", np.float32(0)), self.constant("mask.lowest", np.float32(LOWEST))
@@ -79,6 +81,15 @@ class Transformer(Net):
         less = self.op("Sub", [self.constant("mask.one", np.float32(1)), number], "mask.less")
         strength = {"padding": -1e4, "lowest": LOWEST, "weak": -2.0}[kind]
         return str(self.op("Mul", [less, self.constant("mask.strength", np.float32(strength))], "mask.added"))
+
+    def _picked(self, mask: str) -> str:
+        """Through a last axis of one, as a mask comes that weighs a mean over tokens too."""
+        number = self.op("Cast", [mask], "mask.cast", to=TensorProto.FLOAT)
+        weights = self.op("Unsqueeze", [number, self.constant("mask.last", np.array([2]))], "mask.weights")
+        less = self.op("Sub", [self.constant("mask.one", np.float32(1)), weights], "mask.less")
+        wide = self.op("Unsqueeze", [less, self.constant("mask.axes", np.array([1, 2]))], "mask.wide")
+        picked = self.op("Gather", [wide, self.constant("mask.index", np.array(0))], "mask.picked", axis=4)
+        return str(self.op("Mul", [picked, self.constant("mask.strength", np.float32(LOWEST))], "mask.added"))
 
 
 def bert(

@@ -26,7 +26,15 @@ from edgekit.output import check_folder, replaced_files, sha256, write_text
 from edgekit.pipelines.floor import explain as measure_layers
 from edgekit.pipelines.floor import lift_notes, make_goal, meet
 from edgekit.pipelines.quantize import Calibrating, quantize
-from edgekit.pipelines.sources import EXAMPLES, canonicalize, input_specs, load_source, rewrite
+from edgekit.pipelines.sources import (
+    EXAMPLES,
+    SYNTHETIC,
+    canonicalize,
+    input_specs,
+    load_source,
+    rewrite,
+    synthetic_samples,
+)
 from edgekit.pipelines.split import Arrays, calibrating_samples, first_batch, held_back, save_arrays
 from edgekit.progress import Progress, silent
 from edgekit.records import COMPRESSED, HELD_BACK, MODEL, Compressed, LayerRecord, Metric, Source, versions
@@ -35,6 +43,7 @@ from edgekit.target import PORTABLE, Target, load_target
 
 DEFAULT_SAMPLES = 512
 FEW_SAMPLES = 32
+MADE_UP = "calibrated on synthetic data, made from the model alone: check the accuracy on real data before you ship it"
 
 Calibration = str | Path | Mapping[str, Any] | Iterable[Any] | Callable[[], Any]
 """What `edgekit.data.open_data` opens."""
@@ -63,6 +72,7 @@ def compress(
     explain: bool = False,
     preprocess: Preprocess | None = None,
     trust_checkpoint: bool = False,
+    input_shape: str | None = None,
     on_progress: Progress = silent,
 ) -> CompressResult:
     """Post-training quantization of `source` into the folder `out`.
@@ -71,7 +81,7 @@ def compress(
         source: path of a checkpoint (`.pt`, `.pth`, `.th`, `.safetensors`), an exported program (`.pt2`) or an ONNX file, or an
             `nn.Module`.
         out: folder for `model.onnx`, the held-back samples and the record.
-        calibration: samples; see `edgekit.data.open_data`.
+        calibration: samples; see `edgekit.data.open_data`. Where there are none, "synthetic" makes some up from the model.
         model: what makes the `nn.Module` that a checkpoint's weights go into.
         samples: how many calibrate; more are held back to verify exports with.
         target: compress for one target, or "portable" for all.
@@ -83,6 +93,7 @@ def compress(
         explain: measure what quantizing each layer alone does.
         preprocess: for images.
         trust_checkpoint: open checkpoints that run pickled code.
+        input_shape: of one sample, such as "3x224x224", for synthetic data of a torch model.
         on_progress: told of each step.
 
     Raises:
@@ -92,6 +103,9 @@ def compress(
     check_operators(rules)
     check_folder(out, marker=COMPRESSED, what="an edgekit output folder")
     goal = None if max_drop is None else make_goal(str(max_drop), time_budget, out, has_metric=evaluate is not None)
+    made_up = isinstance(calibration, str) and calibration == SYNTHETIC
+    if made_up:
+        calibration = synthetic_samples(source, factory=model, trust=trust_checkpoint, input_shape=input_shape)
     dataset = _open(calibration, preprocess, samples)
 
     on_progress("load the source", 0, None)
@@ -106,29 +120,25 @@ def compress(
     calibrating = Calibrating(data, calibrating_samples(data, samples), on_progress)
     verifying, remark = held_back(data, calibrating.stop)
     graph = quantize(graph, rules, method, calibrating)
-    calibrated = calibrating.done
     found = measure_layers(graph, rules, calibrating, on_progress) if explain or goal else ()
     graph, lifted = meet(graph, rules, goal, found, calibrating, metric, on_progress) if goal else (graph, None)
 
     on_progress("evaluate", 0, None)
-    float_metric, simulated_metric = _evaluate(graph, rules, metric)
+    notes = _notes(graph, rules, calibrating.done, origin)
+    before, after = _metrics(graph, rules, metric)
     record = Compressed(
-        edgekit=edgekit.__version__,
-        versions=versions("onnx", "onnx-ir", "onnxruntime", "onnxscript", "torch", "numpy"),
+        **_about(graph, rules),
         source=origin,
-        target=rules.name,
         method=method,
-        samples=calibrated,
+        samples=calibrating.done,
         held_back=len(next(iter(verifying.values()))),
         evaluate=_reference(evaluate),
         preprocess=preprocess,
-        float_metric=float_metric,
-        simulated_metric=simulated_metric,
-        layers=tuple(map(_layer, layers(graph))),
-        stays_float=_stays_float(graph, rules),
+        float_metric=before,
+        simulated_metric=after,
         sensitivity=found,
         lifted=lifted,
-        notes=(*_notes(graph, rules, calibrated, origin), *lift_notes(lifted), *filter(None, [remark])),
+        notes=tuple(filter(None, [*notes, *lift_notes(lifted), remark, MADE_UP if made_up else ""])),
     )
     return _write(out, graph, verifying, record)
 
@@ -162,11 +172,23 @@ def _layer(layer: Layer) -> LayerRecord:
     )
 
 
-def _evaluate(graph: ir.Model, rules: Target, metric: Evaluate | None) -> tuple[Metric | None, Metric | None]:
+def _about(graph: ir.Model, rules: Target) -> dict[str, Any]:
+    """What the record says of the graph."""
+    return {
+        "edgekit": edgekit.__version__,
+        "versions": versions("onnx", "onnx-ir", "onnxruntime", "onnxscript", "torch", "numpy"),
+        "target": rules.name,
+        "layers": tuple(map(_layer, layers(graph))),
+        "stays_float": _stays_float(graph, rules),
+    }
+
+
+def _metrics(graph: ir.Model, rules: Target, metric: Evaluate | None) -> tuple[Metric | None, Metric | None]:
     """The metric in float, and with all numbers on their grids."""
     if metric is None:
         return None, None
-    return metric(Session(graph, optimize=True).run), metric(Session(lower_qdq(graph, rules), optimize=True).run)
+    simulated = lower_qdq(graph, rules)
+    return metric(Session(graph, optimize=True).run), metric(Session(simulated, optimize=True).run)
 
 
 def _reference(evaluate: object) -> str:

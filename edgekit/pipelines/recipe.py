@@ -17,6 +17,7 @@ class CompressTable(Table):
 
     model: str | None = None
     calibration: str | None = None
+    input_shape: str | None = None
     samples: int | None = None
     target: str | None = None
     evaluate: str | None = None

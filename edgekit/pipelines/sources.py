@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +29,9 @@ from edgekit.passes.upgrade_opset import upgrade_opset
 from edgekit.records import Source
 from edgekit.reference import resolve_reference
 
+SYNTHETIC = "synthetic"
+"""In the place of calibration data: there is none."""
+SYNTHETIC_SAMPLES = 96
 EXAMPLES = 2
 """Samples that a torch model is traced with, and an ONNX model compared on."""
 
@@ -55,8 +59,20 @@ def load_source(
         return load_onnx(path), Source(name=path.name, kind="onnx", sha256=sha256(path))
     # Torch takes seconds to import, and an ONNX file does not need it.
     from edgekit.training.check_export import check_export
-    from edgekit.training.checkpoint import load_checkpoint
     from edgekit.training.export_onnx import export_onnx
+
+    module, origin = _load_module(source, path, factory, trust)
+    inputs = _without_labels(example_arrays(dataset, EXAMPLES), module)
+    model = export_onnx(module, inputs, opset=opset)
+    check_export(module, model, inputs)
+    return model, origin
+
+
+def _load_module(
+    source: object, path: Path | None, factory: str | Callable[[], object] | None, trust: bool
+) -> tuple[Any, Source]:
+    """The `nn.Module` of a source that is no ONNX file."""
+    from edgekit.training.checkpoint import load_checkpoint
 
     if path is not None:
         module = load_checkpoint(path, factory=_factory(factory), trust=trust)
@@ -68,10 +84,34 @@ def load_source(
         raise SourceError(
             f"the source is a {type(source).__name__}; give the path of a checkpoint or ONNX file, or an nn.Module"
         )
-    inputs = _without_labels(example_arrays(dataset, EXAMPLES), module)
-    model = export_onnx(module, inputs, opset=opset)
-    check_export(module, model, inputs)
-    return model, origin
+    return module, origin
+
+
+def synthetic_samples(
+    source: object, *, factory: str | Callable[[], object] | None, trust: bool, input_shape: str | None
+) -> dict[str, NDArray[Any]]:
+    """Samples where there are none: images that match the BatchNorm statistics of a torch model, or else normal numbers.
+
+    Args:
+        source, factory, trust: as in `load_source`.
+        input_shape: of one sample, such as "3x224x224"; a torch model does not say it.
+
+    Raises:
+        DataError: the shape is missing or none, or the model wants data that cannot be made up.
+        SourceError: the source cannot be loaded.
+    """
+    from edgekit.training import synthetic
+
+    path = Path(source) if isinstance(source, str | Path) else None
+    if path is not None and path.suffix.lower() == ".onnx":
+        return synthetic.synthetic_samples(None, input_specs(load_onnx(path)), SYNTHETIC_SAMPLES, 0)
+    if input_shape is None or not re.fullmatch(r"[1-9][0-9]*(x[1-9][0-9]*)*", input_shape):
+        raise DataError(
+            f"--input-shape is {input_shape!r}: a torch model does not say what it reads; give the shape of one sample, such as 3x224x224"
+        )
+    module, _ = _load_module(source, path, factory, trust)
+    shape = tuple(map(int, input_shape.split("x")))
+    return synthetic.synthetic_samples(module, synthetic.module_inputs(module, shape), SYNTHETIC_SAMPLES, 0)
 
 
 def canonicalize(model: ir.Model, feeds: Mapping[str, NDArray[np.generic]], *, opset: int) -> ir.Model:
