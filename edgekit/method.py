@@ -14,7 +14,7 @@ from edgekit.toml_file import Table
 
 Precision = Literal["int8", "int16", "float"]
 WeightType = Literal["int8", "int4", "uint4", "int2", "uint2"]
-Rounding = Literal["nearest", "gptq", "adaround"]
+Rounding = Literal["auto", "nearest", "gptq", "adaround"]
 BlockSize = Literal[0, 16, 32, 64, 128, 256]
 
 AUTO, EASYQUANT = "auto", "eq"
@@ -58,7 +58,8 @@ class Method(Table):
         weights, block_size: type of the weights, and how many of them share a scale along the axis that a layer sums over; 0 is one
             scale for each output channel.
         calibrator: what chooses ranges of activations, one of `CALIBRATORS`.
-        rounding: what chooses codes of weights.
+        rounding: what chooses codes of weights. "auto" is GPTQ for matrix products and for weights of fewer than 8 bits, and the
+            nearest codes for 8-bit convolutions, where GPTQ takes long and gains little.
         rounding_budget: seconds that "adaround" may take for all layers together.
         bias_correction: take off each bias what quantization adds to the layer's output in the mean.
         smooth: move outliers of activations into weights in front of matrix products (SmoothQuant).
@@ -71,7 +72,7 @@ class Method(Table):
     weights: WeightType = "int8"
     block_size: BlockSize = 0
     calibrator: Calibrator = AUTO
-    rounding: Rounding = "gptq"
+    rounding: Rounding = "auto"
     rounding_budget: Annotated[float, Field(gt=0)] = 600.0
     bias_correction: bool = True
     smooth: bool = True

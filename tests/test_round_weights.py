@@ -144,7 +144,7 @@ def test_codes_come_back_from_a_file(kind: str, method: Method, tmp_path: Path) 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_codes_reach_the_lowered_graph_exactly(kind: str) -> None:
-    method = Method(calibrator="minmax")
+    method = Method(calibrator="minmax", rounding="gptq")
     data = data_for(kind, 48)
     chosen = rounded(calibrated(MODELS[kind][0](), data, method), data, method)
     stored = lowered_codes(lower_qdq(chosen, PORTABLE))
@@ -293,3 +293,12 @@ def test_a_channel_that_is_always_zero_is_rounded_to_the_nearest() -> None:
     weight = start.graph.initializers["a.weight"].const_value
     assert weight is not None and params.codes is not None
     assert np.array_equal(params.codes[3], quantize(weight.numpy(), params)[3])
+
+
+def test_by_default_matrix_products_and_few_bits_are_rounded_by_their_inputs() -> None:
+    eight = Method(calibrator="minmax")
+    for kind, (make, *_) in MODELS.items():
+        data = data_for(kind, 16)
+        found = codes(rounded(calibrated(make(), data, eight), data, eight))
+        assert bool(found) == (kind != "Conv")
+        assert codes(rounded(calibrated(make(), data, INT4), data, INT4))

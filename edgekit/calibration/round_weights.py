@@ -34,6 +34,8 @@ HESSIAN_SAMPLES = 256
 HESSIAN_ROWS = 8192
 """Rows that a Hessian is made of, about: several times the inputs of the widest layers."""
 ROWS_AT_ONCE = 512
+MOST_CODES = 16
+"""Of a grid on which rounding matters for convolutions too."""
 DAMPING = 0.05
 
 
@@ -69,7 +71,10 @@ def round_weights(
 def _wanted(layer: LinearLayer, method: Method) -> bool:
     params = get_params(layer.weight)
     mine = params is not None and not params.fixed and len(layer.weight.uses()) == 1
-    return mine and method.for_layer(layer.name).rounding in ("gptq", "adaround")  # the latter goes on from there
+    rounding = method.for_layer(layer.name).rounding
+    if rounding == "auto":
+        return mine and params is not None and (layer.geometry.kind == "rows" or params.qmax - params.qmin <= MOST_CODES)
+    return mine and rounding in ("gptq", "adaround")  # the latter goes on from there
 
 
 def _groups(layers: Sequence[LinearLayer]) -> Iterator[list[LinearLayer]]:
