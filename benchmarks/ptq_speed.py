@@ -40,7 +40,7 @@ CALIBRATION_IMAGES, OTHER_IMAGES = 64, 64
 PEER_BATCH = 8
 ALL_INT8 = f"{OURS}, all int8"
 MOBILENET_GAIN = 1.10
-TUNING_S = 120.0
+TUNING_S = 60.0
 """Seconds that the placement of one target may take."""
 
 
