@@ -73,7 +73,9 @@ def _wanted(layer: LinearLayer, method: Method) -> bool:
     mine = params is not None and not params.fixed and len(layer.weight.uses()) == 1
     rounding = method.for_layer(layer.name).rounding
     if rounding == "auto":
-        return mine and params is not None and (layer.geometry.kind == "rows" or params.qmax - params.qmin <= MOST_CODES)
+        return (
+            mine and params is not None and (layer.geometry.kind == "rows" or params.qmax - params.qmin <= MOST_CODES)
+        )
     return mine and rounding in ("gptq", "adaround")  # the latter goes on from there
 
 
