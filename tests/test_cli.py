@@ -263,7 +263,7 @@ def test_a_recipe_gives_options_and_the_command_line_overrides_them(tiny: TinyFi
         target = "x86-openvino"
         [method]
         calibrator = "minmax"
-        layers = [{{ match = "conv*", precision = "float" }}]
+        layers = [{{ match = "deep*", precision = "float" }}]
     """)
     assert cli("compress", tiny.model, "--recipe", recipe, "-o", tmp_path / "a").code == 0
     record = read_compressed(tmp_path / "a")
@@ -278,7 +278,7 @@ def test_a_recipe_gives_options_and_the_command_line_overrides_them(tiny: TinyFi
     assert cli("compress", tiny.model, "--recipe", recipe, "-o", tmp_path / "b", *overriding).code == 0
     record = read_compressed(tmp_path / "b")
     assert (record.samples, record.method.calibrator, record.target) == (40, "kld", "portable")
-    assert record.method.layers == (edgekit.LayerMethod(match="conv*", precision="float"),)
+    assert record.method.layers == (edgekit.LayerMethod(match="deep*", precision="float"),)
     assert record.evaluate == str(tiny.data)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import edgekit
 from conftest import Cli, TinyFiles
-from edgekit.errors import DataError
+from edgekit.errors import DataError, TargetError
 from edgekit.graph.annotations import annotated_values, get_params
 from edgekit.graph.io import load_annotated, load_onnx
 from edgekit.graph.rules import precision
@@ -143,3 +143,20 @@ def test_a_known_placement_is_used_again_without_timing(
     (untuned,) = edgekit.export(out, "x86-onnxruntime", tune_placement=False)
     assert untuned.manifest.placement is None
     assert json.loads((out / "x86-onnxruntime" / MANIFEST).read_text())["placement"] is None
+
+
+@pytest.mark.parametrize(
+    ("choices", "words"),
+    [
+        ({"layers": (edgekit.LayerMethod(match="stm", precision="float"),)}, "no layer .* 'stm'; did you mean 'stem'"),
+        ({"weights": "uint4"}, "weights in uint4 take --activations none or dynamic"),
+        ({"block_size": 32}, "weights in blocks of 32 take --activations none or dynamic"),
+        ({"layers": (edgekit.LayerMethod(match="head", block_size=32),)}, "weights in blocks of 32 take"),
+    ],
+)
+def test_choices_that_would_be_ignored_are_refused(
+    choices: dict[str, Any], words: str, tiny: TinyFiles, tmp_path: Path
+) -> None:
+    with pytest.raises(TargetError, match=words):
+        compress(tiny, tmp_path / "out", method=edgekit.Method(**choices))
+    assert list(tmp_path.iterdir()) == []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -14,6 +14,7 @@ from edgekit.calibration.layer_rows import (
     LinearLayer,
     RowsKey,
     array_of,
+    in_groups,
     linear_layers,
     matrix,
     numbers,
@@ -56,7 +57,7 @@ def round_weights(
     model = model.clone()
     layers = [layer for layer in linear_layers(model.graph) if _wanted(layer, method)]
     done = 0
-    for group in _groups(layers):
+    for group in in_groups(layers, _hessian_bytes, HESSIAN_BYTES):
         hessians = _hessians(model, group, batches, samples=samples, threads=threads)
         for layer in group:
             hessian = hessians.get(rows_key(layer))
@@ -79,20 +80,9 @@ def _wanted(layer: LinearLayer, method: Method) -> bool:
     return mine and rounding in ("gptq", "adaround")  # the latter goes on from there
 
 
-def _groups(layers: Sequence[LinearLayer]) -> Iterator[list[LinearLayer]]:
-    """Layers in order, in groups whose Hessians take at most `HESSIAN_BYTES` (or one layer)."""
-    group: list[LinearLayer] = []
-    size = 0
-    for layer in layers:
-        groups, inputs, _ = matrix(layer, numbers(layer.weight)).shape
-        own = groups * inputs * inputs * 4
-        if group and size + own > HESSIAN_BYTES:
-            yield group
-            group, size = [], 0
-        group.append(layer)
-        size += own
-    if group:
-        yield group
+def _hessian_bytes(layer: LinearLayer) -> int:
+    groups, inputs, _ = matrix(layer, numbers(layer.weight)).shape
+    return int(groups * inputs * inputs * 4)
 
 
 def _hessians(

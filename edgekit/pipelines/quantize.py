@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import onnx_ir as ir
 
@@ -13,6 +15,7 @@ from edgekit.calibration.layer_rows import Rows, collect_rows, linear_layers
 from edgekit.calibration.round_weights import round_weights
 from edgekit.calibration.smooth import smooth, smoothable
 from edgekit.data import Batch, BoundData
+from edgekit.errors import TargetError
 from edgekit.graph.annotations import get_wish
 from edgekit.method import AUTO, EASYQUANT, Method
 from edgekit.passes.assign_specs import assign_precisions, assign_specs
@@ -52,6 +55,7 @@ def quantize(model: ir.Model, rules: Target, method: Method, batches: Calibratin
 
     What changes the float graph (equalization, smoothing) leaves its function as it is.
     """
+    _check(model, method)
     model = assign_precisions(model, method)
     if method.equalize:
         model = equalize(model)
@@ -68,6 +72,27 @@ def quantize(model: ir.Model, rules: Target, method: Method, batches: Calibratin
 
         model = round_layers(model, batches.named("adaround"), samples=batches.stop, method=method)
     return correct_bias(model, rows) if method.bias_correction else model
+
+
+def _check(model: ir.Model, method: Method) -> None:
+    """Refuse what would be ignored.
+
+    Raises:
+        TargetError: exceptions for layers that the model does not have, or weights that static activations cannot meet.
+    """
+    names = [node.name or "" for node in model.graph]
+    for layer in method.layers:
+        if not any(fnmatchcase(name, layer.match) for name in names):
+            near = difflib.get_close_matches(layer.match, names, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else "`edgekit inspect` lists the layers"
+            raise TargetError(f"no layer of the model is called {layer.match!r}; {hint}")
+    for one in (method, *(method.for_layer(name) for name in names)):
+        if one.activations == "static" and (one.weights.startswith("u") or one.block_size):
+            asked = f"blocks of {one.block_size}" if one.block_size else one.weights
+            raise TargetError(
+                f"weights in {asked} take --activations none or dynamic: integer kernels multiply symmetric weights with one scale "
+                "a channel; give int8, int4 or int2 weights and no block size, or other activations"
+            )
 
 
 def _smooth(model: ir.Model, rules: Target, batches: Calibrating) -> ir.Model:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +15,7 @@ from edgekit.calibration.layer_rows import (
     LinearLayer,
     array_of,
     collect_rows,
+    in_groups,
     linear_layers,
     matrix,
     numbers,
@@ -69,7 +70,7 @@ def round_layers(
     layers = [layer for layer in linear_layers(model.graph) if _wanted(layer, method)]
     waiting = sum(map(_cost, layers))
     done = 0
-    for group in _groups(layers):
+    for group in in_groups(layers, _rows_bytes, ROWS_BYTES):
         if time.monotonic() >= deadline:
             break
         found = collect_rows(model, group, batches, samples=samples, rows=ROWS, threads=threads)
@@ -94,20 +95,9 @@ def _cost(layer: LinearLayer) -> int:
     return numbers(layer.weight).size + OVERHEAD
 
 
-def _groups(layers: Sequence[LinearLayer]) -> Iterator[list[LinearLayer]]:
-    """Layers in order, in groups whose rows take at most `ROWS_BYTES` (or one layer)."""
-    group: list[LinearLayer] = []
-    size = 0
-    for layer in layers:
-        groups, inputs, _ = matrix(layer, numbers(layer.weight)).shape
-        own = groups * inputs * ROWS * 4
-        if group and size + own > ROWS_BYTES:
-            yield group
-            group, size = [], 0
-        group.append(layer)
-        size += own
-    if group:
-        yield group
+def _rows_bytes(layer: LinearLayer) -> int:
+    groups, inputs, _ = matrix(layer, numbers(layer.weight)).shape
+    return int(groups * inputs * ROWS * 4)
 
 
 def _rounded(layer: LinearLayer, rows: F32, seconds: float, seed: int) -> QuantParams:
