@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 import numpy as np
@@ -29,6 +29,7 @@ from edgekit.graph.run import Session
 from edgekit.passes.assign_specs import assign_specs
 from edgekit.passes.simplify import simplify
 from edgekit.quant.estimators import get_estimator
+from edgekit.quant.observers import COARSE, FINE
 from edgekit.target import load_target
 
 THREADS = 2
@@ -36,11 +37,7 @@ BATCH = 8
 """Of the batches that calibration gets; edgekit cuts them into samples."""
 
 PLAIN = {f"plain inference, batch {size}": size for size in (1, 2, 4, 8)}
-OURS: dict[str, tuple[str, Literal["tails", "histogram"]]] = {
-    "edgekit, minmax": ("minmax", "tails"),
-    "edgekit, mse": ("mse", "tails"),
-    "edgekit, kld": ("kld", "histogram"),
-}
+OURS = {"edgekit, minmax": ("minmax", COARSE), "edgekit, mse": ("mse", COARSE), "edgekit, kld": ("kld", FINE)}
 ONNXRUNTIME = {f"ONNX Runtime, {method.name}": method for method in CalibrationMethod if method.name != "Distribution"}
 NNCF = "NNCF"
 LIMITS = {"edgekit, mse": 1.4, "edgekit, kld": 1.8}
@@ -69,12 +66,12 @@ def job(name: str, samples: int, tensors: int | None = None) -> Job:
 
 
 def calibrated(
-    model: ir.Model, samples: int, estimator: str, detail: Literal["tails", "histogram"], tensors: int | None = None
+    model: ir.Model, samples: int, estimator: str, stride: int, tensors: int | None = None
 ) -> list[tuple[float, float]]:
     """edgekit's ranges."""
     values = [value for value in all_values(model.graph) if get_wish(value) is not None and not is_constant(value)]
     values = values[:: max(1, len(values) // (tensors or len(values)))][:tensors]
-    observed = observe(model, values, _held(samples, BATCH), threads=THREADS, on_batch=None, detail=detail)
+    observed = observe(model, values, _held(samples, BATCH), threads=THREADS, on_batch=None, stride=stride)
     choose = get_estimator(estimator)
     wishes = [get_wish(value) for value in values]
     return [choose(observed[v].histogram(), wish[0]) for v, wish in zip(values, wishes, strict=True) if wish]

@@ -128,7 +128,11 @@ _folder = click.argument("folder", metavar="OUT", type=click.Path(path_type=Path
 @click.option("--portable", is_flag=True, help="Compress for all targets (the default).")
 @click.option("--evaluate", metavar="MODULE:FUNCTION|PATH", help="The metric, or labelled data for top-1.")
 @click.option("--max-drop", help="Points of the metric that may be lost, or a floor: 30dB, cos0.999.  [default: none]")
-@click.option("--time-budget", callback=_seconds, metavar="TIME", help="For --max-drop: 90s, 10m, 1h.  [default: 10m]")
+@click.option("--search", is_flag=True, default=None, help="Try other choices than the defaults below; take the best.")
+@click.option("--seed", type=click.IntRange(0), help="Of the order in which --search tries them.  [default: 0]")
+@click.option(
+    "--time-budget", callback=_seconds, metavar="TIME", help="For --max-drop and --search: 90s, 10m.  [default: 10m]"
+)
 @click.option("--explain", is_flag=True, default=None, help="Measure what quantizing each layer alone does.")
 @_method_options
 @click.option("--recipe", type=click.Path(path_type=Path), help="A TOML file with these options and [data.preprocess].")

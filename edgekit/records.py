@@ -10,11 +10,13 @@ from typing import TypeVar
 from pydantic import Field, ValidationError
 
 from edgekit.data.images import Preprocess
+from edgekit.distribution import LayerDistributions
 from edgekit.errors import OutputError
 from edgekit.method import Method
 from edgekit.output import sha256
 from edgekit.target import Target
 from edgekit.toml_file import Table
+from edgekit.trials import Searched
 
 MODEL = "model.onnx"
 HELD_BACK = "held_back.npz"
@@ -67,7 +69,9 @@ class Compressed(Table):
     stays_float: dict[str, int] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
     sensitivity: tuple[LayerSensitivity, ...] = ()
+    distributions: tuple[LayerDistributions, ...] = ()
     lifted: Lifted | None = None
+    searched: Searched | None = None
 
 
 class OutputProof(Table):
@@ -356,6 +360,7 @@ class TunedPlacement(Table):
         ratio, ci_low, ci_high: baseline over tuned, with its 95 % interval.
         steps: what was tried, in order.
         finished: every change that was thought of was timed; else the time was up.
+        all_float: `keep_float` leaves no layer in int8.
     """
 
     key: str
@@ -369,3 +374,4 @@ class TunedPlacement(Table):
     ci_high: float | None = None
     steps: tuple[PlacementStep, ...] = ()
     finished: bool = False
+    all_float: bool = False

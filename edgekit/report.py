@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from edgekit.output import write_text
+from edgekit.pictures import links
 from edgekit.records import (
     BENCHMARKS,
     Benchmark,
@@ -21,6 +22,7 @@ from edgekit.records import (
     read_manifests,
     read_record,
 )
+from edgekit.trials import Searched
 
 REPORT_JSON, REPORT_MD = "report.json", "report.md"
 COLUMNS = (
@@ -69,7 +71,7 @@ def write_report(folder: Path) -> Path:
         "benchmark": benchmarks.model_dump(mode="json") if benchmarks else None,
     }
     write_text(folder / REPORT_JSON, json.dumps(document, indent=2) + "\n")
-    write_text(folder / REPORT_MD, _markdown(compressed, manifests, benchmarks))
+    write_text(folder / REPORT_MD, _markdown(folder, compressed, manifests, benchmarks))
     return folder / REPORT_MD
 
 
@@ -151,7 +153,9 @@ def _number(metric: Metric) -> str:
     return f"{100 * metric.value:.2f} %" if metric.name == "top-1" else f"{metric.value:.4g}"
 
 
-def _markdown(compressed: Compressed, manifests: dict[str, Manifest], benchmarks: Benchmarks | None) -> str:
+def _markdown(
+    folder: Path, compressed: Compressed, manifests: dict[str, Manifest], benchmarks: Benchmarks | None
+) -> str:
     measured = {record.target: record for record in benchmarks.targets} if benchmarks else {}
     parts = [f"# {compressed.source.name}", "", *_compression(compressed), ""]
     if manifests:
@@ -168,8 +172,10 @@ def _markdown(compressed: Compressed, manifests: dict[str, Manifest], benchmarks
             *_latency(benchmarks),
             "",
         ]
+    if compressed.searched:
+        parts += ["## Methods tried", "", *_searched(compressed.searched), ""]
     if compressed.sensitivity:
-        parts += ["## Each layer quantized alone", "", *_sensitivity(compressed), ""]
+        parts += ["## Each layer quantized alone", "", *_sensitivity(compressed), *links(folder, compressed), ""]
     parts += ["## Layers", "", *_layers(compressed)]
     return "\n".join(parts).rstrip() + "\n"
 
@@ -263,6 +269,21 @@ def _latency(benchmarks: Benchmarks) -> list[str]:
             lines.append(f"\n{record.target}: not timed: {record.why_not}.")
         lines += [f"\n{record.target}: {note}" for note in record.notes]
     return lines
+
+
+def _searched(searched: Searched) -> list[str]:
+    """What each trial changed in the best before it, and whether that was better."""
+    rows = [
+        (
+            str(number),
+            trial.changed or "the method to begin with",
+            f"{trial.value:.5g}",
+            f"{trial.seconds:.1f}",
+            "kept" if trial.kept else "",
+        )
+        for number, trial in enumerate(searched.trials, 1)
+    ]
+    return _table(("trial", "changed", searched.judged_by, "seconds", ""), rows)
 
 
 def _sensitivity(compressed: Compressed) -> list[str]:

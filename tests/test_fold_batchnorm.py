@@ -9,12 +9,12 @@ import onnx_ir as ir
 import pytest
 
 from edgekit.graph.annotations import all_values, get_params, set_params
-from edgekit.lowering.simulation import insert_qdq
 from edgekit.passes.fold_batchnorm import fold_batchnorm
 from edgekit.passes.simplify import simplify
 from edgekit.quant.affine import fake_quantize, quantize, weight_params
 from edgekit.quant.spec import QuantParams, QuantSpec
 from graphs import Array, GraphBuilder, initializers, normal, op_types, run
+from simulation import insert_qdq
 
 WEIGHT = QuantSpec("int8", symmetric=True, per_channel=True, narrow_range=True)
 Build = Callable[[GraphBuilder], str]

@@ -17,7 +17,6 @@ from edgekit.errors import GraphError
 from edgekit.graph.annotations import all_values, annotated_values, get_params, set_params
 from edgekit.graph.rules import quantized_nodes
 from edgekit.lowering.qdq import lower_qdq
-from edgekit.lowering.simulation import insert_qdq
 from edgekit.passes.fold_fake_quant import fold_fake_quant
 from edgekit.passes.simplify import simplify
 from edgekit.quant.affine import dequantize, fake_quantize, quantize
@@ -25,6 +24,7 @@ from edgekit.quant.spec import INTEGER_RANGES, QuantParams
 from edgekit.target import Target, load_target, target_names
 from graphs import Array, GraphBuilder, initializers, normal, op_types, run
 from networks import annotate, mixed_net, residual_net, samples, token_net
+from simulation import insert_qdq
 
 DTYPES = [
     dtype for dtype in INTEGER_RANGES if dtype not in ("int32", "int2", "uint2")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -17,22 +16,19 @@ from edgekit.errors import DataError
 from edgekit.graph.annotations import all_values
 from edgekit.graph.operators import is_constant, is_float
 from edgekit.graph.run import Session, with_outputs
-from edgekit.quant.observers import Histogram, HistogramObserver
+from edgekit.quant.observers import COARSE, EVERY, FINE, Histogram, HistogramObserver
 from graphs import Array, GraphBuilder, normal
 from networks import mixed_net, residual_net, samples, token_net
 
-Detail = Literal["tails", "histogram"]
-DETAILS: list[Detail] = ["tails", "histogram"]
+STRIDES = [EVERY, FINE, COARSE]
 
 
 def activations(model: ir.Model) -> list[ir.Value]:
     return [value for value in all_values(model.graph) if is_float(value) and not is_constant(value)]
 
 
-def histograms(
-    model: ir.Model, batches: list[Batch], *, threads: int = 2, detail: Detail = "histogram"
-) -> dict[str, Histogram]:
-    found = observe(model, activations(model), batches, threads=threads, on_batch=None, detail=detail)
+def histograms(model: ir.Model, batches: list[Batch], *, threads: int = 2, stride: int = EVERY) -> dict[str, Histogram]:
+    found = observe(model, activations(model), batches, threads=threads, on_batch=None, stride=stride)
     return {value.name or "": observer.histogram() for value, observer in found.items()}
 
 
@@ -71,14 +67,14 @@ def test_it_counts_what_single_inferences_show(build: object) -> None:
     assert_equal(found, {name: observer.histogram() for name, observer in wanted.items()})
 
 
-@pytest.mark.parametrize("detail", DETAILS)
+@pytest.mark.parametrize("stride", STRIDES)
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_neither_order_nor_batches_nor_threads_change_a_bit(detail: Detail, threads: int) -> None:
+def test_neither_order_nor_batches_nor_threads_change_a_bit(stride: int, threads: int) -> None:
     model = wide_net()
     data = {"x": normal(9, 4, 128, 128, seed=0)}
-    wanted = histograms(model, cut(data, 9), threads=1, detail=detail)
-    assert_equal(histograms(model, cut(data, 1, 4, 1, 3), threads=threads, detail=detail), wanted)
-    assert_equal(histograms(model, cut({"x": data["x"][::-1]}, 2, 7), threads=threads, detail=detail), wanted)
+    wanted = histograms(model, cut(data, 9), threads=1, stride=stride)
+    assert_equal(histograms(model, cut(data, 1, 4, 1, 3), threads=threads, stride=stride), wanted)
+    assert_equal(histograms(model, cut({"x": data["x"][::-1]}, 2, 7), threads=threads, stride=stride), wanted)
 
 
 def wide_net() -> ir.Model:
@@ -96,10 +92,10 @@ def test_shapes_may_change_from_batch_to_batch() -> None:
     assert both["x"].max == max(small.max(), large.max())
 
 
-@pytest.mark.parametrize("detail", DETAILS)
-def test_averages_are_over_samples(detail: Detail) -> None:
+@pytest.mark.parametrize("stride", STRIDES)
+def test_averages_are_over_samples(stride: int) -> None:
     x = normal(4, 4, 128, 128, seed=3) * np.array([1, 10, 2, 3], np.float32)[:, None, None, None]
-    found = histograms(wide_net(), cut({"x": x}, 3, 1), detail=detail)["x"]
+    found = histograms(wide_net(), cut({"x": x}, 3, 1), stride=stride)["x"]
     flat = x.reshape(4, -1).astype(np.float64)
     assert found.average_min == pytest.approx(flat.min(axis=1).mean(), rel=1e-15, abs=0)
     assert found.average_max == pytest.approx(flat.max(axis=1).mean(), rel=1e-15, abs=0)

@@ -15,9 +15,10 @@ from edgekit.errors import DataError
 from edgekit.quant.observers import (
     BINS,
     CHUNK,
+    COARSE,
+    FINE,
     RARE,
     SPAN,
-    STRIDE,
     Histogram,
     HistogramObserver,
     MinMaxObserver,
@@ -183,27 +184,28 @@ SAMPLED: dict[str, Callable[[np.random.Generator, int], NDArray[np.float64]]] = 
 }
 
 
+@pytest.mark.parametrize("stride", [FINE, COARSE])
 @pytest.mark.parametrize("size", [CHUNK + 1, SPAN, 3 * SPAN + 5])
 @pytest.mark.parametrize("name", SAMPLED)
-def test_sampling_is_exact_in_the_tails_and_close_in_the_bulk(name: str, size: int) -> None:
+def test_sampling_is_exact_in_the_tails_and_close_in_the_bulk(name: str, size: int, stride: int) -> None:
     x = SAMPLED[name](np.random.default_rng(size), size).astype(np.float32)
-    sampled, full = HistogramObserver(sampled=True), seen(x).histogram()
+    sampled, full = HistogramObserver(stride=stride), seen(x).histogram()
     sampled.update(x)
     found = sampled.histogram()
     assert (found.min, found.max, found.width, sampled.count) == (full.min, full.max, full.width, size)
     assert (found.average_min, found.average_max) == (full.min, full.max)
-    picked = [x[i : i + SPAN][i // SPAN :: STRIDE].astype(np.float64) for i in range(0, size, SPAN)]
+    picked = [x[i : i + SPAN][i // SPAN :: stride].astype(np.float64) for i in range(0, size, SPAN)]
     limit = RARE * max(float(np.sqrt(np.mean(np.square(values)))) for values in picked)
     tails = np.abs(found.centers) > limit + found.width
     np.testing.assert_array_equal(found.counts[tails], full.counts[tails])
     assert abs(found.count - size) <= 0.01 * size
     distance = np.abs(np.cumsum(found.counts) - np.cumsum(full.counts)).max() / size
-    assert distance <= 2.5 * np.sqrt(STRIDE / size)
+    assert distance <= 2.5 * np.sqrt(stride / size)
 
 
 def test_few_values_are_all_counted_by_a_sampled_observer() -> None:
     x = np.random.default_rng(0).normal(0, 1, CHUNK).astype(np.float32)
-    sampled = HistogramObserver(sampled=True)
+    sampled = HistogramObserver(stride=COARSE)
     sampled.update(x)
     assert_same(sampled.histogram(), seen(x).histogram())
 
@@ -212,7 +214,7 @@ def test_few_values_are_all_counted_by_a_sampled_observer() -> None:
 def test_a_sampled_observer_finds_every_broken_value(broken: float) -> None:
     x = np.ones(2 * SPAN, np.float32)
     x[SPAN + 3] = broken
-    sampled = HistogramObserver(sampled=True)
+    sampled = HistogramObserver(stride=COARSE)
     with pytest.raises(DataError, match=f"found 1 NaN or infinite values among {2 * SPAN}"):
         sampled.update(x)
     assert (sampled.count, sampled.histogram().counts.sum()) == (0, 0)

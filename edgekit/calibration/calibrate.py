@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -18,7 +17,7 @@ from edgekit.graph.rules import shares_grid
 from edgekit.method import AUTO, EASYQUANT, EVERYTHING, Method
 from edgekit.quant.affine import choose_params, fake_quantize
 from edgekit.quant.estimators import ESTIMATORS, get_estimator
-from edgekit.quant.observers import Histogram
+from edgekit.quant.observers import COARSE, FINE, Histogram
 from edgekit.quant.output_error import Reader, choose_by_output, easyquant
 from edgekit.quant.spec import QuantSpec
 from edgekit.quant.weight_ranges import weight_range
@@ -56,8 +55,8 @@ def calibrate(
     """
     model = model.clone()
     _calibrate_constants(model.graph)
-    detail: Literal["histogram", "tails"] = "histogram" if "kld" in method.calibrators else "tails"
-    observed = observe(model, _to_observe(model, target), batches, threads=threads, on_batch=on_batch, detail=detail)
+    stride = FINE if "kld" in method.calibrators else COARSE
+    observed = observe(model, _to_observe(model, target), batches, threads=threads, on_batch=on_batch, stride=stride)
     readers = _readers(model)
     for value, observer in observed.items():
         layers = [layer for layer in readers.get(value, []) if rows and rows_key(layer) in rows]

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from edgekit.calibration.observe import open_batch_axis
 from edgekit.calibration.padding import Mask, padding_mask, without_padding
 from edgekit.data import Batch
+from edgekit.errors import DataError
 from edgekit.graph.operators import LINEAR, Roles, int_attribute, roles
 from edgekit.graph.run import Session, with_outputs
 
@@ -185,9 +186,18 @@ class Sample(NamedTuple):
     mask: Mask
 
     def real(self, name: str, geometry: Geometry) -> NDArray[np.generic]:
-        """A value without padding, for a layer of tokens; what a convolution reads has channels where tokens have places."""
+        """A value without padding, for a layer of tokens; what a convolution reads has channels where tokens have places.
+
+        Raises:
+            DataError: it is NaN or infinite somewhere.
+        """
         array = self.arrays[name]
-        return without_padding(array, self.mask) if geometry.kind == "rows" else array
+        array = without_padding(array, self.mask) if geometry.kind == "rows" else array
+        if not np.isfinite([array.min(initial=0.0), array.max(initial=0.0)]).all():
+            raise DataError(
+                f"tensor {name!r} becomes NaN or Inf during calibration; check the checkpoint and the preprocessing"
+            )
+        return array
 
 
 class _Seen(NamedTuple):

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -22,7 +21,7 @@ from edgekit.calibration.padding import padding_mask, without_padding
 from edgekit.data import Batch
 from edgekit.errors import DataError
 from edgekit.graph.run import Session, with_outputs
-from edgekit.quant.observers import HistogramObserver
+from edgekit.quant.observers import EVERY, HistogramObserver
 
 Observers = dict[ir.Value, HistogramObserver]
 
@@ -37,7 +36,7 @@ def observe(
     *,
     threads: int,
     on_batch: Callable[[int], None] | None,
-    detail: Literal["tails", "histogram"] = "histogram",
+    stride: int = EVERY,
 ) -> Observers:
     """Run `model` over the batches and observe the values of graph `values`: see the module.
 
@@ -49,8 +48,7 @@ def observe(
         batches: in any order, of any sizes and shapes; read from the calling thread.
         threads: that infer and count; 0 uses all processors.
         on_batch: told the number of samples of each batch once it is counted, from the calling thread.
-        detail: "histogram" counts every value, as KLD needs; with "tails", extremes and rare values are exact and the rest is a
-            sample of them, which is faster and enough for everything else: see `HistogramObserver`.
+        stride: of the sample that histograms are made of; extremes and rare values are exact: see `HistogramObserver`.
 
     Raises:
         DataError: no samples, or a tensor becomes NaN or Inf.
@@ -62,7 +60,7 @@ def observe(
     workers = min(threads, WORKERS)
     watch = _Watch(model, values, threads=threads // workers)
     idle: SimpleQueue[Observers] = SimpleQueue()
-    teams = [{value: HistogramObserver(sampled=detail == "tails") for value in values} for _ in range(workers)]
+    teams = [{value: HistogramObserver(stride=stride) for value in values} for _ in range(workers)]
     for team in teams:
         idle.put(team)
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgekit.calibration.layer_rows import LinearLayer, Rows, RowSample, linear_layers, matrix, numbers, rows_key
-from edgekit.graph.annotations import all_values, fresh_name
+from edgekit.graph.annotations import all_values, fresh_name, get_params
 from edgekit.graph.operators import copy_type, is_constant, roles
 from edgekit.graph.rules import passes_on, quantized_nodes
 from edgekit.quant.affine import choose_params, fake_quantize, weight_params
@@ -48,17 +48,23 @@ class _Place:
 
 
 def smoothable(model: ir.Model, target: Target) -> list[LinearLayer]:
-    """The layers that smoothing looks at: quantized matrix products with a constant weight that nobody else reads."""
+    """The layers that smoothing looks at: quantized matrix products with a constant weight that nobody else reads.
+
+    Not those that came with grids, which are never moved.
+    """
     quantized = quantized_nodes(model, target)
     return [
         layer
         for layer in linear_layers(model.graph)
-        if layer.node in quantized and layer.geometry.kind == "rows" and _is_own(layer.weight)
+        if layer.node in quantized
+        and layer.geometry.kind == "rows"
+        and _is_own(layer.weight)
+        and get_params(layer.source) is None
     ]
 
 
 def _is_own(weight: ir.Value) -> bool:
-    return len(weight.uses()) == 1 and weight.dtype == ir.DataType.FLOAT
+    return len(weight.uses()) == 1 and weight.dtype == ir.DataType.FLOAT and get_params(weight) is None
 
 
 def smooth(model: ir.Model, target: Target, rows: Rows) -> ir.Model:
@@ -202,7 +208,7 @@ def _places(value: ir.Value, start: int) -> list[_Place] | None:
         case "MatMul" if is_constant(node.inputs[1]):
             weight = node.inputs[1]
             assert weight is not None
-            return [_Place(node, weight, 1, start)] if _rank(weight) == 2 and len(weight.uses()) == 1 else None
+            return [_Place(node, weight, 1, start)] if _rank(weight) == 2 and _is_own(weight) else None
         case "Split":
             return _through_split(node, value, start)
         case "Reshape":
@@ -257,7 +263,7 @@ def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
 
 
 def _single(value: ir.Value) -> bool:
-    return len(value.uses()) == 1 and not value.is_graph_output()
+    return len(value.uses()) == 1 and not value.is_graph_output() and get_params(value) is None
 
 
 def _rank(value: ir.Value) -> int:

@@ -256,13 +256,18 @@ def prepared(source: str, spec: InputSpec, array: Array, samples: Sequence[int],
 
 def _check_finite(source: str, spec: InputSpec, array: Array, samples: Sequence[int], *, single: bool) -> None:
     finite = np.isfinite(array)
-    if finite.all():
+    if finite.all() or _is_mask(array):
         return
     sample = samples[0] if single else samples[int(np.argwhere(~finite)[0][0])]
     raise DataError(
         f"{source}: {spec} has NaN or a number beyond {array.dtype.name}'s range in sample {sample}; "
         "repair or remove that sample"
     )
+
+
+def _is_mask(array: Array) -> bool:
+    """Whether this is what attention adds to its scores: 0, and minus infinity where nothing is to be seen."""
+    return bool(np.all((array == 0) | (array == -np.inf)))
 
 
 def checked_labels(source: str, labels: Array, count: int, *, rows: bool) -> NDArray[np.int64]:

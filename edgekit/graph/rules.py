@@ -8,6 +8,7 @@ import onnx
 import onnx_ir as ir
 
 from edgekit.errors import TargetError
+from edgekit.graph.annotations import get_params
 from edgekit.graph.operators import LINEAR, Roles, dims, is_constant, is_float, roles
 from edgekit.target import Target
 
@@ -108,6 +109,12 @@ def bias_of(node: ir.Node) -> ir.Value | None:
         return None
     constants = [value for value in node.inputs if is_constant(value)]
     return next((value for value in node.inputs if not is_constant(value)), None) if constants else None
+
+
+def scaled_across(node: ir.Node, parts: Roles) -> bool:
+    """Whether the grid that a weight came with has scales along an axis over which products are summed."""
+    params = None if parts.weight is None else get_params(node.inputs[parts.weight])
+    return params is not None and not params.block_size and params.axis not in (None, parts.weight_axis)
 
 
 def _is_layer(parts: Roles) -> bool:

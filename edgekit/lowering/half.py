@@ -4,9 +4,10 @@ Each node is given the element type it computes in; where a value is of another,
 
 - the graph's inputs and outputs, so callers notice nothing;
 - what the ONNX standard wants in float32 (the scales of a Resize, NonMaxSuppression, Quantize/DequantizeLinear before opset 19);
-- operators whose results leave float16's range for ordinary inputs (`WIDE`: a square, a sum of squares, an exponential), and the
+- operators whose results leave float16's range for ordinary inputs (`GROWING`: a square, a sum of squares, an exponential), and the
   chain that brings them back into it (`CARRY`, up to and with a Div): a LayerNorm or a norm written out in single operators;
 - operators of other domains, of sequences, and those with subgraphs;
+- what reads or makes a tensor that leaves float16's range: one that `mark_wide` marked, a constant, or what codes stand for;
 - a Quantize/DequantizeLinear with a scale that is not a normal float16 number (below 2^-14 it loses bits, below 2^-25 it is 0).
   TensorRT-RTX 1.7 still fuses it: a Conv between such DequantizeLinear and Cast reads int8, as with float16 scales.
 """
@@ -22,18 +23,22 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from edgekit.errors import GraphError
+from edgekit.graph.annotations import all_values
+from edgekit.graph.magnitudes import INFINITE, WIDE
+from edgekit.graph.operators import is_constant
+from edgekit.quant.spec import INTEGER_RANGES
 
 F16, F32 = ir.DataType.FLOAT16, ir.DataType.FLOAT
 LARGEST = float(np.finfo(np.float16).max)
 SMALLEST_NORMAL = float(np.finfo(np.float16).tiny)
 
-INFINITE = 1e30
-"""From this magnitude on a constant means "no number": attention masks hold float32's lowest value."""
 MASK = 2.0**15
-"""What stands for it in float16: far enough below every score, and a score added to it does not overflow."""
+"""What stands for `INFINITE` in float16: far enough below every score, and a score added to it does not overflow."""
 
-WIDE = frozenset({"CumSum", "Exp", "LpNormalization", "MeanVarianceNormalization", "Pow", "ReduceL2", "ReduceLogSum"})
-WIDE |= {"ReduceLogSumExp", "ReduceProd", "ReduceSum", "ReduceSumSquare"}
+GROWING = frozenset(
+    {"CumSum", "Exp", "LpNormalization", "MeanVarianceNormalization", "Pow", "ReduceL2", "ReduceLogSum"}
+)
+GROWING |= {"ReduceLogSumExp", "ReduceProd", "ReduceSum", "ReduceSumSquare"}
 CARRY = frozenset({"Add", "Clip", "Expand", "Log", "Max", "Reciprocal", "ReduceMax", "ReduceMean", "Sqrt", "Unsqueeze"})
 OWN_TYPE = frozenset({"Bernoulli", "BlackmanWindow", "ConstantOfShape", "EyeLike", "HammingWindow", "HannWindow"})
 OWN_TYPE |= {"MelWeightMatrix", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
@@ -46,7 +51,7 @@ def to_float16(model: ir.Model) -> ir.Model:
     """The same model computing in float16 wherever that is safe; inputs, outputs and their names stay as they are.
 
     Raises:
-        GraphError: a constant is finite in float32 and infinite in float16, or a tensor's element type is unknown.
+        GraphError: a tensor's element type is unknown.
     """
     model = model.clone()
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
@@ -61,7 +66,8 @@ class _Converter:
 
     Attributes:
         made_half: values whose type this walk changed from float32 to float16.
-        wide: values that need float32's range.
+        wide: values that need float32's range until an operator of `CARRY` or a Div brings them back.
+        beyond: values that leave float16's range, and codes that come from such: all that read or make them stay in float32.
         twins: a Cast of a value, or the other version of an initializer.
     """
 
@@ -71,6 +77,7 @@ class _Converter:
         self.names = {value.name for node in self.graph.all_nodes() for value in (*node.inputs, *node.outputs) if value}
         self.made_half: set[ir.Value] = set()
         self.wide: set[ir.Value] = set()
+        self.beyond = {value for value in all_values(self.graph) if WIDE in value.metadata_props or _is_beyond(value)}
         self.twins: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def run(self) -> None:
@@ -78,6 +85,8 @@ class _Converter:
             self._convert(node)
         self._restore_outputs()
         self._settle_initializers()
+        for value in all_values(self.graph):
+            value.metadata_props.pop(WIDE, None)
 
     def _convert(self, node: ir.Node) -> None:
         schema = None if self._needs_float32(node) else self._schema(node)
@@ -94,14 +103,27 @@ class _Converter:
             self._set_output_types(node, schema)
 
     def _needs_float32(self, node: ir.Node) -> bool:
+        beyond = any(value in self.beyond for value in (*node.inputs, *node.outputs))
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            return not _scale_is_normal(node)
+            return self._grid_needs_float32(node, beyond)
+        if beyond:
+            return True
         follows = any(value in self.wide for value in node.inputs)
         square = node.op_type == "Mul" and node.inputs[0] is node.inputs[1]
-        if node.op_type in WIDE or square or (node.op_type in CARRY and follows):
+        if node.op_type in GROWING or square or (node.op_type in CARRY and follows):
             self.wide.update(node.outputs)
             return True
         return node.op_type == "Div" and follows
+
+    def _grid_needs_float32(self, node: ir.Node, beyond: bool) -> bool:
+        """As for any node, and where the scale or the ends of the grid are no normal float16 numbers.
+
+        Codes made in float32 are read in float32: on a rounded scale they would stand for other numbers.
+        """
+        ends = _ends(node)
+        if beyond or ends > LARGEST:
+            self.beyond.update(node.outputs)
+        return beyond or not _scale_is_normal(node) or ends > LARGEST
 
     def _schema(self, node: ir.Node) -> onnx.defs.OpSchema | None:
         """The standard's word on a node's types; None for a node that keeps its types."""
@@ -137,7 +159,7 @@ class _Converter:
 
     def _half_initializer(self, value: ir.Value) -> ir.Value:
         assert value.const_value is not None and value.name is not None
-        array = _to_half(value.const_value.numpy(), value.name)
+        array = _to_half(value.const_value.numpy())
         name = self._fresh(f"{value.name}_f16")
         twin = ir.Value(name=name, shape=value.shape, type=ir.TensorType(F16), const_value=ir.tensor(array, name=name))
         twin.metadata_props.update(value.metadata_props)
@@ -208,16 +230,39 @@ def _scale_is_normal(node: ir.Node) -> bool:
     return bool(np.all((array >= SMALLEST_NORMAL) & (array <= LARGEST)))
 
 
-def _to_half(array: NDArray[np.generic], name: str) -> NDArray[np.float16]:
+def _ends(node: ir.Node) -> float:
+    """The largest magnitude that the codes of a Quantize/DequantizeLinear can stand for; 0 where the grid is computed at run time."""
+    scale, zero_point = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
+    if scale is None or scale.const_value is None or (zero_point is not None and zero_point.const_value is None):
+        return 0.0
+    codes = node.inputs[0] if node.op_type == "DequantizeLinear" else zero_point
+    if (
+        node.op_type == "DequantizeLinear"
+        and codes is not None
+        and is_constant(codes)
+        and codes.const_value is not None
+    ):
+        numbers = codes.const_value.numpy().astype(np.int32)
+        low, high = int(numbers.min(initial=0)), int(numbers.max(initial=0))
+    else:
+        name = "uint8" if codes is None or codes.dtype is None else codes.dtype.name.lower()
+        low, high = INTEGER_RANGES.get(name, (0, 0))
+    scales = scale.const_value.numpy().astype(np.float64)
+    zero = (
+        0 if zero_point is None or zero_point.const_value is None else zero_point.const_value.numpy().astype(np.int32)
+    )
+    return float(np.max(scales * np.maximum(np.abs(low - zero), np.abs(high - zero)), initial=0.0))
+
+
+def _is_beyond(value: ir.Value) -> bool:
+    """Whether a constant holds numbers that float16 does not have, other than infinities and what stands for them."""
+    if value.dtype != F32 or not is_constant(value) or value.const_value is None or not value.const_value.size:
+        return False
+    magnitudes = np.abs(value.const_value.numpy())
+    return bool(np.any((magnitudes > LARGEST) & (magnitudes < INFINITE)))
+
+
+def _to_half(array: NDArray[np.generic]) -> NDArray[np.float16]:
     values = array.astype(np.float32)
     masked = np.isfinite(values) & (np.abs(values) >= INFINITE)
-    values = np.where(masked, np.sign(values) * np.float32(MASK), values)
-    with np.errstate(over="ignore"):
-        half = values.astype(np.float16)
-    lost = np.isinf(half) & np.isfinite(values)
-    if lost.any():
-        raise GraphError(
-            f"tensor {name!r} holds {float(values[lost][0]):g}, and float16 ends at {LARGEST:g}; rescale the layer that reads it, "
-            'or set float_dtype = "float32" in the target\'s [runtime] table'
-        )
-    return half
+    return np.where(masked, np.sign(values) * np.float32(MASK), values).astype(np.float16)

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from edgekit.graph.annotations import get_params
 from edgekit.graph.operators import Roles, is_constant
-from edgekit.graph.rules import absorbed_output, pads_with_zero, quantized_nodes
+from edgekit.graph.rules import absorbed_output, pads_with_zero, quantized_nodes, scaled_across
 from edgekit.quant.affine import quantize
 from edgekit.quant.spec import INTEGER_RANGES, QuantParams, same_grid
 from edgekit.target import Target
@@ -67,7 +67,12 @@ def place(model: ir.Model, target: Target, *, keep_float: frozenset[str] = froze
 
 
 def _has_grids(node: ir.Node, parts: Roles, target: Target) -> bool:
-    """Whether all that a node reads as codes has a grid and, where its kind unifies them, it is the same one as its output's."""
+    """Whether all that a node reads as codes has a grid and, where its kind unifies them, it is the same one as its output's.
+
+    Scales of a weight along another axis than that of the output channels do not leave the sums: such a layer stays float.
+    """
+    if scaled_across(node, parts):
+        return False
     indices = parts.activations if parts.weight is None else (*parts.activations, parts.weight)
     grids = [get_params(node.inputs[i]) for i in indices]
     if node.op_type in target.quantization.unify:

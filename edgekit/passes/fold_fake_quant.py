@@ -34,8 +34,8 @@ def fold_fake_quant(model: ir.Model) -> ir.Model:
     5. `Conv -> Q` on a grid that ends at 0: other tools delete the Relu that saturation replaces. It comes back, or readers
        that a target leaves in float would see negative numbers.
 
-    Grids found this way are marked fixed: they were trained, or chosen by somebody, and are not moved later. Those of
-    `insert_qdq` come back as they were.
+    Grids found this way are marked fixed: they were trained, or chosen by somebody, and are not moved later. Those that the
+    nodes' metadata describes (`edgekit.graph.annotations.describe`) come back as they were.
 
     Raises:
         GraphError: two grids on one tensor, a Q and a DQ that differ, or an operator that computes on codes
@@ -117,7 +117,7 @@ class _Fold:
         source = _input(node, 0)
         saturate = source.producer()
         if saturate is not None and saturate.op_type == "Max" and METADATA in saturate.metadata_props:
-            source = _input(saturate, 0)  # what `insert_qdq` puts before a narrow grid
+            source = _input(saturate, 0)  # part of a described pair: QuantizeLinear knows no narrow grid
         old = get_params(source)
         if old is not None and not same_grid(old, params) and node in self.requantizing:
             copy = ir.node("Identity", [source], name=f"{node.name}/Identity")

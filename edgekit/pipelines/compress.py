@@ -12,20 +12,22 @@ from typing import Any
 import onnx_ir as ir
 
 import edgekit
-from edgekit.data import Dataset, Preprocess, open_data
+from edgekit.data import BoundData, Dataset, Preprocess, open_data
 from edgekit.errors import DataError
 from edgekit.graph.annotations import annotated_values
 from edgekit.graph.io import save_annotated
 from edgekit.graph.operators import LINEAR, Layer, layers
-from edgekit.graph.rules import check_operators, quantized_nodes
+from edgekit.graph.rules import check_operators, quantized_nodes, scaled_across
 from edgekit.graph.run import Session
 from edgekit.lowering.qdq import lower_qdq
 from edgekit.method import EVERYTHING, Method
 from edgekit.metric import Evaluate, Runner, open_metric
 from edgekit.output import check_folder, replaced_files, sha256, write_text
+from edgekit.pictures import draw, why_none
+from edgekit.pipelines.floor import changed_answer, lift_notes, look_at_worst, make_goal, meet
 from edgekit.pipelines.floor import explain as measure_layers
-from edgekit.pipelines.floor import lift_notes, make_goal, meet
 from edgekit.pipelines.quantize import Calibrating, quantize
+from edgekit.pipelines.search import find_method, forget, make_plan, search_notes
 from edgekit.pipelines.sources import (
     EXAMPLES,
     SYNTHETIC,
@@ -37,7 +39,7 @@ from edgekit.pipelines.sources import (
 )
 from edgekit.pipelines.split import Arrays, calibrating_samples, first_batch, held_back, save_arrays
 from edgekit.progress import Progress, silent
-from edgekit.records import COMPRESSED, HELD_BACK, MODEL, Compressed, LayerRecord, Metric, Source, versions
+from edgekit.records import COMPRESSED, HELD_BACK, MODEL, Compressed, LayerRecord, Source, versions
 from edgekit.report import write_report
 from edgekit.target import PORTABLE, Target, load_target
 
@@ -69,6 +71,8 @@ def compress(
     evaluate: str | Path | Callable[[Runner], float] | None = None,
     max_drop: str | float | None = None,
     time_budget: float | None = None,
+    search: bool = False,
+    seed: int = 0,
     explain: bool = False,
     preprocess: Preprocess | None = None,
     trust_checkpoint: bool = False,
@@ -89,8 +93,10 @@ def compress(
         evaluate: a metric or labelled data; see `edgekit.metric.open_metric`.
         max_drop: how much worse than float the quantized model may be, in points of the metric, or "30dB" or "cos0.999" of its
             outputs; the fewest layers are left in float that it takes.
-        time_budget: seconds for that search (ten minutes when None); it ends with the best so far.
-        explain: measure what quantizing each layer alone does.
+        time_budget: seconds for searching (ten minutes when None); it ends with the best so far.
+        search: try other choices than the method's defaults, and take the best; what `method` was given explicitly stays.
+        seed: of the order in which that tries them.
+        explain: measure what quantizing each layer alone does, and draw how the worst layers' numbers lie on their grids.
         preprocess: for images.
         trust_checkpoint: open checkpoints that run pickled code.
         input_shape: of one sample, such as "3x224x224", for synthetic data of a torch model.
@@ -102,45 +108,48 @@ def compress(
     out, rules = Path(out), load_target(target)
     check_operators(rules)
     check_folder(out, marker=COMPRESSED, what="an edgekit output folder")
-    goal = None if max_drop is None else make_goal(str(max_drop), time_budget, out, has_metric=evaluate is not None)
+    plan = make_plan(out, search=search, seed=seed, time_budget=time_budget, max_drop=max_drop)
+    budget = plan.budget_s if plan else time_budget
+    goal = None if max_drop is None else make_goal(str(max_drop), budget, out, has_metric=evaluate is not None)
     made_up = isinstance(calibration, str) and calibration == SYNTHETIC
     if made_up:
         calibration = synthetic_samples(source, factory=model, trust=trust_checkpoint, input_shape=input_shape)
     dataset = _open(calibration, preprocess, samples)
-
     on_progress("load the source", 0, None)
     graph, origin = load_source(source, dataset, factory=model, trust=trust_checkpoint, opset=rules.graph.opset)
     data = dataset.bind(input_specs(graph))
     metric = None if evaluate is None else open_metric(evaluate, data.inputs, preprocess=preprocess)
-
-    on_progress("bring it into canonical form", 0, None)
-    examples = first_batch(data, EXAMPLES)
-    graph = rewrite(canonicalize(graph, examples, opset=rules.graph.opset), examples)
-
+    graph = _canonical(graph, data, rules, on_progress)
     calibrating = Calibrating(data, calibrating_samples(data, samples), on_progress)
     verifying, remark = held_back(data, calibrating.stop)
+    method, searched = find_method(graph, rules, method, plan, calibrating, metric, on_progress)
     graph = quantize(graph, rules, method, calibrating)
     found = measure_layers(graph, rules, calibrating, on_progress) if explain or goal else ()
+    distributions = look_at_worst(graph, rules, found, calibrating) if explain else ()
     graph, lifted = meet(graph, rules, goal, found, calibrating, metric, on_progress) if goal else (graph, None)
 
     on_progress("evaluate", 0, None)
-    notes = _notes(graph, rules, calibrating.done, origin)
-    before, after = _metrics(graph, rules, metric)
+    measured = _measured(graph, rules, metric, evaluate, preprocess)
+    remarks = (*changed_answer(lifted, measured.get("float_metric")), remark, *_remarks(made_up, explain))
+    notes = (*_notes(graph, rules, calibrating.done, origin), *search_notes(searched), *lift_notes(lifted), *remarks)
     record = Compressed(
-        **_about(graph, rules),
-        source=origin,
-        method=method,
+        **_about(graph, rules, origin, method),
         samples=calibrating.done,
         held_back=len(next(iter(verifying.values()))),
-        evaluate=_reference(evaluate),
-        preprocess=preprocess,
-        float_metric=before,
-        simulated_metric=after,
+        **measured,
         sensitivity=found,
+        distributions=distributions,
         lifted=lifted,
-        notes=tuple(filter(None, [*notes, *lift_notes(lifted), remark, MADE_UP if made_up else ""])),
+        searched=searched,
+        notes=tuple(filter(None, notes)),
     )
     return _write(out, graph, verifying, record)
+
+
+def _canonical(graph: ir.Model, data: BoundData, rules: Target, on_progress: Progress) -> ir.Model:
+    on_progress("bring it into canonical form", 0, None)
+    examples = first_batch(data, EXAMPLES)
+    return rewrite(canonicalize(graph, examples, opset=rules.graph.opset), examples)
 
 
 def _open(calibration: Calibration, preprocess: Preprocess | None, samples: int) -> Dataset:
@@ -158,6 +167,8 @@ def _write(out: Path, graph: ir.Model, verifying: Arrays, record: Compressed) ->
         save_arrays(stage / HELD_BACK, verifying)
         record = record.model_copy(update={"model_sha256": sha256(stage / MODEL)})
         write_text(stage / COMPRESSED, json.dumps(record.model_dump(mode="json"), indent=2) + "\n")
+    forget(out, record.searched)
+    draw(out, record)
     write_report(out)
     return CompressResult(out / MODEL, record)
 
@@ -172,23 +183,31 @@ def _layer(layer: Layer) -> LayerRecord:
     )
 
 
-def _about(graph: ir.Model, rules: Target) -> dict[str, Any]:
-    """What the record says of the graph."""
+def _about(graph: ir.Model, rules: Target, origin: Source, method: Method) -> dict[str, Any]:
+    """What the record says of the graph, and of how it came to be."""
     return {
         "edgekit": edgekit.__version__,
         "versions": versions("onnx", "onnx-ir", "onnxruntime", "onnxscript", "torch", "numpy"),
+        "source": origin,
         "target": rules.name,
+        "method": method,
         "layers": tuple(map(_layer, layers(graph))),
         "stays_float": _stays_float(graph, rules),
     }
 
 
-def _metrics(graph: ir.Model, rules: Target, metric: Evaluate | None) -> tuple[Metric | None, Metric | None]:
-    """The metric in float, and with all numbers on their grids."""
+def _measured(
+    graph: ir.Model, rules: Target, metric: Evaluate | None, evaluate: object, preprocess: Preprocess | None
+) -> dict[str, Any]:
+    """What measures the model, and the metric in float and with all numbers on their grids."""
+    about = {"evaluate": _reference(evaluate), "preprocess": preprocess}
     if metric is None:
-        return None, None
+        return about
     simulated = lower_qdq(graph, rules)
-    return metric(Session(graph, optimize=True).run), metric(Session(simulated, optimize=True).run)
+    return about | {
+        "float_metric": metric(Session(graph, optimize=True).run),
+        "simulated_metric": metric(Session(simulated, optimize=True).run),
+    }
 
 
 def _reference(evaluate: object) -> str:
@@ -219,6 +238,11 @@ def _stays_float(graph: ir.Model, rules: Target) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
+def _remarks(made_up: bool, explain: bool) -> tuple[str, str]:
+    """What to say of the options."""
+    return MADE_UP if made_up else "", why_none() if explain else ""
+
+
 def _notes(graph: ir.Model, rules: Target, split: int, origin: Source) -> Iterator[str]:
     if not annotated_values(graph.graph):
         yield f"nothing is quantized: {origin.name} has no operator that target {rules.name!r} quantizes ({', '.join(LINEAR)})"
@@ -226,3 +250,6 @@ def _notes(graph: ir.Model, rules: Target, split: int, origin: Source) -> Iterat
         yield "every tensor came with its grid: no range was chosen, and the calibration data only serves to verify exports"
     elif split < FEW_SAMPLES:
         yield f"calibrated on {split} samples only; a few hundred give ranges that hold"
+    across = [node.name or "" for node, parts in quantized_nodes(graph, rules).items() if scaled_across(node, parts)]
+    if across:
+        yield f"in float, because their weights came with scales along another axis than the output channels': {', '.join(across)}"

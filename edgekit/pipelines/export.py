@@ -16,6 +16,7 @@ import edgekit
 from edgekit.backend import Artifact, Availability, Backend, KernelRecord, get_backend
 from edgekit.errors import BackendError, EdgekitError, GoalError, GraphError, OutputError, TargetError
 from edgekit.graph.io import load_onnx, save_onnx
+from edgekit.graph.magnitudes import mark_wide, wide_names
 from edgekit.graph.operators import layers
 from edgekit.graph.rules import check_operators, quantized_nodes
 from edgekit.graph.run import Session
@@ -212,6 +213,9 @@ def _export_one(
     available = backend.available(target)
     if not available.can_convert:
         raise BackendError(f"target {target.name!r}: {missing(available)}")
+    if target.runtime.float_dtype == "float16":
+        singles = (batch.feeds for batch in stored.held_back.batches(1))
+        stored = replace(stored, model=mark_wide(stored.model, singles))
     batches = _batches(stored)
     floats = run_batches(Session(stored.model, optimize=False).run, batches)
     target = target.model_copy(update={"graph": target.graph.model_copy(update={"format": format})})
@@ -369,6 +373,9 @@ def _notes(job: _Job, candidate: _Candidate, kept: tuple[str, ...]) -> list[str]
         )
     if not job.available.can_run:
         notes.append(missing(job.available))
+    wide = wide_names(job.model)
+    if wide:
+        notes.append(f"in float32 around tensors that leave float16's range: {_listed(wide)}")
     if kept:
         notes.append(
             f"kept in float, because {runtime} refuses them or computes them wrongly in int8: {', '.join(kept)}"
@@ -378,6 +385,11 @@ def _notes(job: _Job, candidate: _Candidate, kept: tuple[str, ...]) -> list[str]
             f"WRONG: {runtime} does not compute what the simulation does: {proof.reason}. Do not ship this artifact"
         )
     if proof.float_layers:
-        more = len(proof.float_layers) - 5
-        notes.append(f"in float: {', '.join(proof.float_layers[:5])}{f' and {more} more' if more > 0 else ''}")
+        notes.append(f"in float: {_listed(proof.float_layers)}")
     return notes
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first five names, and how many there are beside them."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{', '.join(names[:5])}{more}"

@@ -1,27 +1,37 @@
-"""`--max-drop`: which layers hurt, and the fewest of them to leave in float so that the model is good enough."""
+"""`--explain` and `--max-drop`: which layers hurt and why, and the fewest of them to leave in float so that the model is good enough."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
+from edgekit.calibration.observe import Observers, observe
+from edgekit.data import Batch
+from edgekit.distribution import Distribution, LayerDistributions, of_activation, of_weight
 from edgekit.errors import DataError, OutputError
+from edgekit.graph.annotations import get_params
+from edgekit.graph.operators import Roles
+from edgekit.graph.rules import quantized_nodes
 from edgekit.lift import keep_float, lift, parse_floor
 from edgekit.metric import Evaluate
 from edgekit.output import write_text
 from edgekit.pipelines.quantize import Calibrating
 from edgekit.pipelines.split import Arrays
 from edgekit.progress import Progress
-from edgekit.records import LayerSensitivity, Lifted, LiftState, read_record
+from edgekit.records import LayerSensitivity, Lifted, LiftState, Metric, read_record
 from edgekit.sensitivity import rank, sensitivity
 from edgekit.target import Target
 
 SAMPLES = 64
 """Calibration samples that errors are measured on."""
+LOOKED_AT = 12
+"""The layers, the worst ones, whose tensors are described."""
 DEFAULT_BUDGET_S = 600.0
 
 
@@ -59,6 +69,44 @@ def explain(
 ) -> tuple[LayerSensitivity, ...]:
     """What quantizing each layer alone does."""
     return tuple(sensitivity(graph, rules, _feeds(batches), on_progress=on_progress))
+
+
+def look_at_worst(
+    graph: ir.Model, rules: Target, found: tuple[LayerSensitivity, ...], batches: Calibrating
+) -> tuple[LayerDistributions, ...]:
+    """What the layers read that hurt the model's output most, the worst one first; on the samples that they were judged by."""
+    nodes = {node.name or "": (node, parts) for node, parts in quantized_nodes(graph, rules).items()}
+    worst = sorted(found, key=lambda layer: layer.output_sqnr_db)[:LOOKED_AT]
+    chosen = [nodes[layer.name] for layer in worst]
+    values = {value: None for node, parts in chosen for value in _on_grids(node, parts)}
+    observed = observe(graph, list(values), _first(batches.named("look at the worst")), threads=0, on_batch=None)
+    return tuple(_layer(node, parts, observed) for node, parts in chosen)
+
+
+def _on_grids(node: ir.Node, parts: Roles) -> list[ir.Value]:
+    """The activations that a node reads on codes, each once."""
+    read = dict.fromkeys(node.inputs[index] for index in parts.activations)
+    return [value for value in read if value is not None and get_params(value) is not None]
+
+
+def _layer(node: ir.Node, parts: Roles, observed: Observers) -> LayerDistributions:
+    activations = tuple(_activation(value, observed) for value in _on_grids(node, parts))
+    return LayerDistributions(name=node.name or "", activations=activations, weight=_weight(node, parts))
+
+
+def _activation(value: ir.Value, observed: Observers) -> Distribution:
+    params = get_params(value)
+    assert params is not None
+    return of_activation(value.name or "", observed[value].histogram(), params)
+
+
+def _weight(node: ir.Node, parts: Roles) -> Distribution | None:
+    value = None if parts.weight is None else node.inputs[parts.weight]
+    params = get_params(value)
+    if value is None or value.const_value is None or params is None:
+        return None
+    numbers = value.const_value.numpy().astype(np.float32)
+    return of_weight(value.name or "", numbers, params, axis=parts.weight_axis)
 
 
 def meet(
@@ -104,13 +152,17 @@ def _remembered(path: Path) -> LiftState | None:
 
 
 def _feeds(batches: Calibrating) -> list[Arrays]:
-    feeds, seen = [], 0
-    for batch in batches.named("take samples"):
-        feeds.append(batch.feeds)
+    return [batch.feeds for batch in _first(batches.named("take samples"))]
+
+
+def _first(batches: Calibrating) -> Iterator[Batch]:
+    """The batches of the first `SAMPLES`."""
+    seen = 0
+    for batch in batches:
+        yield batch
         seen += len(batch)
         if seen >= SAMPLES:
-            break
-    return feeds
+            return
 
 
 def lift_notes(lifted: Lifted | None) -> Iterator[str]:
@@ -122,3 +174,13 @@ def lift_notes(lifted: Lifted | None) -> Iterator[str]:
     more = "" if lifted.finished else "; time was up before the search was over: run the same again to go on"
     numbers = f"{lifted.before:.4g} before, {lifted.after:.4g} now, {lifted.needed:.4g} needed"
     yield f"the floor {lifted.floor} {outcome} {kept}: {numbers}{more}"
+
+
+def changed_answer(lifted: Lifted | None, again: Metric | None) -> Iterator[str]:
+    """Whether the metric of the float model was another one when the search for a floor began."""
+    before = None if lifted is None else lifted.float_value
+    if before is not None and again is not None and not math.isclose(before, again.value, rel_tol=1e-6):
+        yield (
+            f"--evaluate {again.name} gave {before:.6g} and then {again.value:.6g} for the same float model, so what was found with it "
+            "is chance: make it deterministic (a fixed seed, the same samples each time)"
+        )

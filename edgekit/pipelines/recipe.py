@@ -24,6 +24,8 @@ class CompressTable(Table):
     trust_checkpoint: bool | None = None
     max_drop: str | float | None = None
     time_budget: float | None = None
+    search: bool | None = None
+    seed: int | None = None
     explain: bool | None = None
 
 
@@ -63,7 +65,8 @@ def merged_method(
         *({"match": pattern, "precision": "float"} for pattern in keep_float),
     ]
     known = [layer.model_dump(exclude_none=True) for layer in base.layers]
-    fields = {**base.model_dump(), **given, "layers": [*known, *exceptions]}
+    # What nobody chose stays unset: `--search` may choose it.
+    fields = {**base.model_dump(exclude_unset=True), **given, "layers": [*known, *exceptions]}
     return validate(fields, Method, path=Path("command line"))
 
 

@@ -15,6 +15,7 @@ from edgekit.data import Dataset, InputSpec, example_arrays
 from edgekit.errors import DataError, SourceError
 from edgekit.graph.annotations import annotated_values, attach
 from edgekit.graph.equal import prove_equal
+from edgekit.graph.finite import check_finite
 from edgekit.graph.io import load_onnx
 from edgekit.output import sha256
 from edgekit.passes.drop_concat_split import drop_concat_split
@@ -120,10 +121,12 @@ def canonicalize(model: ir.Model, feeds: Mapping[str, NDArray[np.generic]], *, o
     Q/DQ are folded before BatchNorm is, because the weights of trained files stand behind DequantizeLinear.
 
     Raises:
+        SourceError: a parameter is NaN or infinite.
         GraphError: the result does not compute what the source does.
     """
     original = attach(model)
     upgraded = simplify(upgrade_opset(original, opset=opset))
+    check_finite(upgraded)
     prove_equal(original, upgraded, feeds)
     quantized = any(node.op_type == "DequantizeLinear" for node in upgraded.graph)
     folded = fold_fake_quant(upgraded) if quantized else upgraded

@@ -1,4 +1,7 @@
-"""The annotated model with its quantization made visible: every grid becomes a Quantize/DequantizeLinear pair on floats."""
+"""The annotated model with its quantization made visible: every grid becomes a Quantize/DequantizeLinear pair on floats.
+
+A second, independent way from grids to nodes, for the tests of the passes that go the other way.
+"""
 
 from __future__ import annotations
 
