@@ -133,7 +133,7 @@ _folder = click.argument("folder", metavar="OUT", type=click.Path(path_type=Path
 @click.option(
     "--time-budget", callback=_seconds, metavar="TIME", help="For --max-drop and --search: 90s, 10m.  [default: 10m]"
 )
-@click.option("--explain", is_flag=True, default=None, help="Measure what quantizing each layer alone does.")
+@click.option("--explain", is_flag=True, default=None, help="Measure what each layer alone costs; with pictures.")
 @_method_options
 @click.option("--recipe", type=click.Path(path_type=Path), help="A TOML file with these options and [data.preprocess].")
 @click.option("--trust-checkpoint", is_flag=True, default=None, help="Open checkpoints that run pickled code.")
