@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -39,6 +39,12 @@ class Floor:
 
     kind: Literal["points", "dB", "cosine"]
     value: float
+
+    def needed(self, float_value: float | None) -> float:
+        """The least number that meets the floor, given what the metric says of the float model where points of it count."""
+        if float_value is None:
+            return self.value
+        return float_value - self.value * (0.01 if abs(float_value) <= 1 else 1.0)
 
     def __str__(self) -> str:
         """As `parse_floor` reads it."""
@@ -105,7 +111,7 @@ def lift(
     judge = _by_metric(floor, metric) if floor.kind == "points" else _by_outputs(model, floor, batches, threads)
     key = _key(model, target, floor, batches if floor.kind != "points" else ())
     float_value = judge(Session(model, optimize=True, threads=threads).run) if floor.kind == "points" else None
-    needed = floor.value if float_value is None else float_value - floor.value * _point(float_value)
+    needed = floor.needed(float_value)
     known = {frozenset(trial.lifted): trial.value for trial in state.trials} if state and state.key == key else {}
 
     def value_of(lifted: frozenset[str]) -> float:
@@ -227,6 +233,17 @@ def _by_metric(floor: Floor, metric: Evaluate | None) -> Callable[[Runner], floa
 
 def _by_outputs(model: ir.Model, floor: Floor, batches: Sequence[Arrays], threads: int) -> Callable[[Runner], float]:
     check_batches(batches, f"--max-drop {floor}")
+    return judge_outputs(model, batches, cosine=floor.kind == "cosine", threads=threads)
+
+
+def judge_outputs(
+    model: ir.Model, batches: Sequence[Arrays], *, cosine: bool, threads: int = 0
+) -> Callable[[Runner], float]:
+    """What tells the worst output's SQNR (dB), or cosine, of a quantized model against the float `model` on `batches`.
+
+    Raises:
+        GraphError: no output of the model is a float.
+    """
     check_float_output(model)
     session = Session(model, optimize=True, threads=threads)
     expected = [session.run(feeds) for feeds in batches]
@@ -235,13 +252,9 @@ def _by_outputs(model: ir.Model, floor: Floor, batches: Sequence[Arrays], thread
         found = Fidelity()
         for feeds, wanted in zip(batches, expected, strict=True):
             found.update(run(feeds), wanted)
-        return found.sqnr_db if floor.kind == "dB" else found.cosine
+        return found.cosine if cosine else found.sqnr_db
 
     return judge
-
-
-def _point(float_value: float) -> float:
-    return 0.01 if abs(float_value) <= 1 else 1.0
 
 
 def _estimate(layers: int) -> int:
@@ -251,7 +264,12 @@ def _estimate(layers: int) -> int:
 
 def _key(model: ir.Model, target: Target, floor: Floor, batches: Sequence[Arrays]) -> str:
     """Stands for all that the value of a trial depends on, but the metric's own data."""
-    digest = hashlib.sha256(f"{fingerprint(model)} {target.quantization.model_dump_json()} {floor.kind}".encode())
+    return key_of(f"{fingerprint(model)} {target.quantization.model_dump_json()} {floor.kind}", batches)
+
+
+def key_of(about: str, batches: Iterable[Arrays]) -> str:
+    """Stands for a text and for the content of feeds."""
+    digest = hashlib.sha256(about.encode())
     for feeds in batches:
         for name, array in sorted(feeds.items()):
             digest.update(f"{name} {array.dtype} {array.shape}".encode())

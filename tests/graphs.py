@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +116,13 @@ def initializers(model: ir.Model) -> dict[str, bytes]:
 
 def op_types(model: ir.Model) -> list[str]:
     return [node.op_type for node in model.graph]
+
+
+def poked(model: ir.Model, name: str, change: Callable[[Array], object]) -> ir.Model:
+    """The model with a constant changed in place."""
+    value = model.graph.initializers[name]
+    assert value.const_value is not None
+    array = value.const_value.numpy().copy()
+    change(array)
+    value.const_value = ir.tensor(array, name=name)
+    return model

@@ -19,7 +19,7 @@ from edgekit.graph.annotations import annotated_values, get_params
 from edgekit.graph.io import load_annotated
 from edgekit.method import EVERYTHING
 from edgekit.pipelines.export import ExportResult
-from graphs import Array, normal
+from graphs import Array, normal, poked
 from networks import Net, residual_net, token_net
 
 Snapshot = Callable[[Path], dict[str, str]]
@@ -31,16 +31,6 @@ TOKENS = {"x": normal(40, 12, 16)}
 def save(model: ir.Model, folder: Path) -> Path:
     ir.save(model, folder / "net.onnx")
     return folder / "net.onnx"
-
-
-def poked(model: ir.Model, name: str, change: Callable[[Array], object]) -> ir.Model:
-    """The model with a constant changed in place."""
-    value = model.graph.initializers[name]
-    assert value.const_value is not None
-    array = value.const_value.numpy().copy()
-    change(array)
-    value.const_value = ir.tensor(array, name=name)
-    return model
 
 
 def setting(index: Any, number: float) -> Callable[[Array], object]:

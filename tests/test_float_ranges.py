@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from onnx.reference import ReferenceEvaluator
 import edgekit
 from edgekit.errors import DataError
 from edgekit.graph.magnitudes import WIDE, mark_wide, wide_names
-from graphs import Array, normal, run
+from graphs import Array, normal, poked, run
 from networks import Net, token_net
 
 LOWEST = float(np.finfo(np.float32).min)
@@ -96,16 +95,6 @@ def test_only_zeros_and_minus_infinity_are_a_mask(broken: float, tmp_path: Path)
 
 
 # A target in float16.
-
-
-def poked(model: ir.Model, name: str, change: Callable[[Array], object]) -> ir.Model:
-    """The model with a constant changed in place."""
-    value = model.graph.initializers[name]
-    assert value.const_value is not None
-    array = value.const_value.numpy().copy()
-    change(array)
-    value.const_value = ir.tensor(array, name=name)
-    return model
 
 
 def overflowing(kind: str) -> ir.Model:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import random
@@ -11,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
 from edgekit import __version__
@@ -22,7 +20,7 @@ from edgekit.graph.annotations import all_values, get_params, get_wish
 from edgekit.graph.fingerprint import fingerprint
 from edgekit.graph.operators import is_constant
 from edgekit.graph.run import Session
-from edgekit.lift import Floor, parse_floor
+from edgekit.lift import Floor, judge_outputs, key_of, parse_floor
 from edgekit.lowering.qdq import lower_qdq
 from edgekit.method import CALIBRATORS, Method
 from edgekit.metric import Evaluate, Runner
@@ -35,7 +33,6 @@ from edgekit.pipelines.split import BATCH_SIZE
 from edgekit.progress import Progress
 from edgekit.records import read_record
 from edgekit.search import Choice, Option, search
-from edgekit.sensitivity import Fidelity, check_float_output
 from edgekit.target import Target
 from edgekit.trials import Searched, SearchTrial, difference
 
@@ -213,27 +210,17 @@ class _Judge:
 
 def _by_metric(graph: ir.Model, metric: Evaluate, floor: Floor | None) -> _Judge:
     before = metric(Session(graph, optimize=True).run)
-    point = 0.01 if abs(before.value) <= 1 else 1.0
-    needed = None if floor is None else before.value - floor.value * point
+    needed = None if floor is None else floor.needed(before.value)
     identity = f"{before.name} {before.value!r}"
     return _Judge(before.name, "the metric's own data", identity, lambda run: metric(run).value, needed)
 
 
 def _by_outputs(graph: ir.Model, batches: Calibrating, start: int, floor: Floor | None) -> _Judge:
-    check_float_output(graph)
     apart = [batch.feeds for batch in batches.data.batches(BATCH_SIZE, start, batches.stop)]
     feeds = apart or [batch.feeds for batch in batches.data.batches(BATCH_SIZE, 0, batches.stop)]
     data = f"{batches.stop - start} samples set apart" if apart else "the samples that calibrate, for want of others"
-    session = Session(graph, optimize=True)
-    expected = [session.run(one) for one in feeds]
     cosine = floor is not None and floor.kind == "cosine"
-
-    def value_of(run: Runner) -> float:
-        found = Fidelity()
-        for one, wanted in zip(feeds, expected, strict=True):
-            found.update(run(one), wanted)
-        return found.cosine if cosine else found.sqnr_db
-
+    value_of = judge_outputs(graph, feeds, cosine=cosine)
     name = "cosine of the worst output" if cosine else "SQNR (dB) of the worst output"
     return _Judge(name, data, f"{name} on {data}", value_of, None if floor is None else floor.value)
 
@@ -254,12 +241,7 @@ def _key(graph: ir.Model, rules: Target, method: Method, judge: _Judge, batches:
         method.model_dump_json(),
         judge.identity,
     )
-    digest = hashlib.sha256(" ".join(about).encode())
-    for batch in batches.data.batches(BATCH_SIZE, 0, batches.stop):
-        for name, array in sorted(batch.feeds.items()):
-            digest.update(f"{name} {array.dtype} {array.shape}".encode())
-            digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
+    return key_of(" ".join(about), (batch.feeds for batch in batches.data.batches(BATCH_SIZE, 0, batches.stop)))
 
 
 def _remembered(path: Path, key: str) -> tuple[SearchTrial, ...]:
