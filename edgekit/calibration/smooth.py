@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from edgekit.calibration.layer_rows import LinearLayer, Rows, RowSample, linear_layers, matrix, numbers, rows_key
 from edgekit.graph.annotations import all_values, fresh_name, get_params
 from edgekit.graph.operators import copy_type, is_constant, roles
-from edgekit.graph.rules import passes_on, quantized_nodes
+from edgekit.graph.rules import on_codes, quantized_nodes
 from edgekit.quant.affine import choose_params, fake_quantize, weight_params
 from edgekit.quant.spec import QuantSpec
 from edgekit.target import Target
@@ -85,7 +85,7 @@ def smooth(model: ir.Model, target: Target, rows: Rows) -> ir.Model:
     activation, weight = target.quantization.activation.spec, target.quantization.weight.spec
     for group in _groups(smoothable(model, target)):
         known = rows.get(rows_key(group.layers[0]))
-        if known is None or (group.places is None and _is_on_codes(group.source, model, target)):
+        if known is None or (group.places is None and on_codes(group.source, quantized_nodes(model, target), target)):
             continue
         factor, left = _best_factor(known, group.layers, activation, weight)
         if left >= (1.0 if group.places is not None else WORTH_A_NODE):
@@ -136,15 +136,6 @@ def _groups(layers: Sequence[LinearLayer]) -> Iterator[_Group]:
         only = {use.node for use in source.uses()} == {layer.node for layer in members} and not source.is_graph_output()
         places = _places(source, 0) if only else None
         yield _Group(source, tuple(members), None if places is None else tuple(places))
-
-
-def _is_on_codes(value: ir.Value, model: ir.Model, target: Target) -> bool:
-    """Whether a quantized operator makes a value, perhaps with operators behind it that pass codes on."""
-    quantized = quantized_nodes(model, target)
-    node = value.producer()
-    while node is not None and node not in quantized and node.inputs and passes_on(node, target):
-        node = node.inputs[0].producer() if node.inputs[0] is not None else None
-    return node is not None and node in quantized
 
 
 def _best_factor(

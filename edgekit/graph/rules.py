@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 
 import onnx
 import onnx_ir as ir
@@ -78,6 +79,14 @@ def quantized_nodes(
         elif bias_of(node) in multiplied:
             multiplied.update(node.outputs)
     return chosen
+
+
+def on_codes(value: ir.Value, chosen: Mapping[ir.Node, Roles], target: Target) -> bool:
+    """Whether one of the quantized nodes `chosen` makes a value, perhaps with operators behind it that pass codes on."""
+    node = value.producer()
+    while node is not None and node not in chosen and node.inputs and passes_on(node, target):
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
+    return node is not None and node in chosen
 
 
 def precision(node: ir.Node) -> str:
