@@ -11,7 +11,8 @@ from edgekit.backend import KernelRecord
 from edgekit.graph.operators import Layer
 from edgekit.records import OutputProof, Proof
 
-Arrays = Mapping[str, NDArray[np.generic]]
+Array = NDArray[np.generic]
+Arrays = Mapping[str, Array]
 Runner = Callable[[Arrays], Arrays]
 
 ROUNDING_DB = 30.0
@@ -69,6 +70,15 @@ def compare(ran: Sequence[Arrays] | None, simulated: Sequence[Arrays], floats: S
         return proof
     reason = _disagreement(proof, ran, simulated, floats)
     return proof.model_copy(update={"agrees": not reason, "reason": reason})
+
+
+def moved_by(simulated: Array, expected: Array, ran: Array) -> Array:
+    """`simulated`, moved as far as `ran` is from `expected`: what a runtime adds to another simulation than the one in question."""
+    if expected.shape != ran.shape or simulated.shape != ran.shape or ran.dtype.kind not in "f":
+        return ran
+    real, there, here = (array.astype(np.float64) for array in (simulated, expected, ran))
+    with np.errstate(invalid="ignore"):  # infinities that are equal
+        return np.where(here == there, real, real + (here - there)).astype(ran.dtype)
 
 
 def int8_share(layers: Sequence[Layer], kernels: Sequence[KernelRecord]) -> tuple[float | None, tuple[str, ...]]:

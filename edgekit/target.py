@@ -78,6 +78,7 @@ class Quantization(Table):
         attention: whether the two products of attention (queries by keys, probabilities by values) are quantized.
         integer_pad: where Pad runs on codes, padding with the zero point: "always", "never" (in float), or where that is
             "zero".
+        reduce_range: whether weights that meet codes use 7 of their 8 bits, for CPUs that add pairs of products in 16 bits.
     """
 
     activation: Tensor = Tensor()
@@ -94,6 +95,7 @@ class Quantization(Table):
     wide: Literal["quantize", "float"] = "float"
     attention: Literal["quantize", "float"] = "float"
     integer_pad: Literal["always", "zero", "never"] = "never"
+    reduce_range: bool = False
 
     @model_validator(mode="after")
     def _one_rule_for_an_operator(self) -> Quantization:

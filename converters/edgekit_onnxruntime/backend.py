@@ -13,7 +13,7 @@ import onnx_ir as ir
 from edgekit.backend import Artifact, Availability, CompiledModel, KernelRecord
 from edgekit.errors import BackendError
 from edgekit.lowering.qdq import lower_qdq
-from edgekit.lowering.saturation import saturation_warnings
+from edgekit.lowering.saturation import SATURATES, SATURATES_REMEDY, saturates_here, saturation_warnings
 from edgekit.target import Target
 from edgekit_onnxruntime.attention import fuse_transformer
 
@@ -33,6 +33,8 @@ class OnnxRuntimeBackend:
         machine = platform.machine().lower()
         machine = _MACHINES.get(machine, machine)
         if target.device.arch in ("", machine):
+            if saturates_here(target):
+                return Availability(True, False, True, name, SATURATES, SATURATES_REMEDY)
             return Availability(True, True, True, name)
         reason = f"this machine is {machine}, the target {target.device.arch}: results are checked here, latency is not measured"
         return Availability(

@@ -14,7 +14,7 @@ from edgekit.backend import Artifact, Availability, CompiledModel, KernelRecord
 from edgekit.errors import BackendError
 from edgekit.graph.annotations import DTYPES
 from edgekit.lowering.qdq import lower_qdq
-from edgekit.lowering.saturation import saturation_warnings
+from edgekit.lowering.saturation import SATURATES, SATURATES_REMEDY, saturates_here, saturation_warnings
 from edgekit.target import Target
 from edgekit_openvino.bias import add_biases
 
@@ -33,6 +33,8 @@ class OpenVinoBackend:
         name = f"openvino {version('openvino')}"
         machine = platform.machine().lower().replace("amd64", "x86_64").replace("arm64", "aarch64")
         if target.device.arch in ("", machine):
+            if saturates_here(target):
+                return Availability(True, False, True, name, SATURATES, SATURATES_REMEDY)
             return Availability(True, True, True, name)
         reason = f"this machine is {machine}, the target {target.device.arch}: results are checked here, latency is not measured"
         return Availability(

@@ -4,33 +4,27 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-import onnx_ir as ir
-
 import edgekit
-from edgekit.backend import Artifact, Availability, Backend, KernelRecord, get_backend
-from edgekit.errors import BackendError, EdgekitError, GoalError, GraphError, OutputError, TargetError
-from edgekit.graph.io import load_onnx, save_onnx
+from edgekit.backend import Artifact, get_backend
+from edgekit.errors import BackendError, EdgekitError, GoalError, OutputError, TargetError
+from edgekit.graph.io import load_onnx
 from edgekit.graph.magnitudes import mark_wide, wide_names
-from edgekit.graph.operators import layers
-from edgekit.graph.rules import check_operators, quantized_nodes
+from edgekit.graph.rules import check_operators
 from edgekit.graph.run import Session
-from edgekit.lowering.integer import lower_integer
-from edgekit.lowering.qdq import lower_qdq
-from edgekit.lowering.qoperator import lower_qoperator
-from edgekit.lowering.weight_only import check_format
+from edgekit.lowering.saturation import saturates_here, with_reduced_range
 from edgekit.metric import Evaluate, Runner, open_metric
 from edgekit.output import sha256, staged_folder, write_text
+from edgekit.pipelines.build import Candidate, Job, find_guilty, try_build
 from edgekit.pipelines.placement import fastest, placement_notes
 from edgekit.pipelines.stored import Stored, open_stored, samples_of_size
 from edgekit.pipelines.targets import missing
 from edgekit.progress import Progress, silent
-from edgekit.proof import Arrays, compare, int8_share, lost_slices, run_batches
+from edgekit.proof import Arrays, run_batches
 from edgekit.records import (
     MANIFEST,
     MODEL,
@@ -38,7 +32,6 @@ from edgekit.records import (
     FileRecord,
     Manifest,
     Metric,
-    Proof,
     TunedPlacement,
     read_record,
     versions,
@@ -54,12 +47,6 @@ OpenVINO's is right up to a batch of 8, and wrong from 9 on.
 SINGLES = 4
 MOST_REPAIRS = 8
 
-LOWER_FORMAT: dict[Format, Callable[[ir.Model], ir.Model]] = {
-    "qdq": lambda model: model,
-    "qoperator": lower_qoperator,
-    "integer": lower_integer,
-}
-
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
@@ -67,30 +54,6 @@ class ExportResult:
 
     folder: Path
     manifest: Manifest
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """What one export works with."""
-
-    model: ir.Model
-    target: Target
-    format: Format
-    backend: Backend
-    available: Availability
-    folder: Path
-    batches: Sequence[Arrays]
-    floats: Sequence[Arrays]
-    samples: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    """An artifact that was built and tried."""
-
-    artifact: Artifact
-    proof: Proof
-    notes: tuple[str, ...]
 
 
 def export(
@@ -219,7 +182,10 @@ def _export_one(
     batches = _batches(stored)
     floats = run_batches(Session(stored.model, optimize=False).run, batches)
     target = target.model_copy(update={"graph": target.graph.model_copy(update={"format": format})})
-    job = _Job(stored.model, target, format, backend, available, folder, batches, floats, stored.record.held_back)
+    checked = with_reduced_range(target) if available.can_check and saturates_here(target) else target
+    job = Job(
+        stored.model, target, checked, format, backend, available, folder, batches, floats, stored.record.held_back
+    )
     placement = None
     if tuning_s is not None and available.can_run and format == "qdq":
         placement = fastest(stored, target, backend, tuning_s, on_progress)
@@ -227,11 +193,11 @@ def _export_one(
     kept: tuple[str, ...] = ()
     while True:
         on_progress(f"{target.name}: lower, convert, verify", len(kept), None)
-        candidate, problem = _try(job, slow | frozenset(kept))
+        candidate, problem = try_build(job, slow | frozenset(kept))
         if not problem or len(kept) == MOST_REPAIRS:
             break
         on_progress(f"{target.name}: find the layer that the runtime gets wrong", len(kept), None)
-        guilty = _find_guilty(job, slow | frozenset(kept))
+        guilty = find_guilty(job, slow | frozenset(kept))
         if guilty is None:
             break
         kept = (*kept, guilty)
@@ -240,83 +206,16 @@ def _export_one(
     return _describe(job, stored.record, candidate, kept, placement, metric)
 
 
-def _try(job: _Job, keep_float: frozenset[str]) -> tuple[_Candidate | None, str]:
-    """What was built, and what is wrong with it; nothing but the reason when the runtime refuses it."""
-    try:
-        candidate = _build(job, keep_float)
-    except BackendError as error:
-        return None, str(error)
-    return candidate, candidate.proof.reason if candidate.proof.agrees is False else ""
-
-
-def _build(job: _Job, keep_float: frozenset[str]) -> _Candidate:
-    """Lower, convert, and run on the held-back samples beside the simulation."""
-    check_format(job.model, job.format)
-    qdq = job.backend.lower(job.model, job.target, keep_float=keep_float)
-    lowered = LOWER_FORMAT[job.format](qdq)
-    broken = job.backend.check(lowered, job.target)
-    if broken and not job.available.can_check:
-        raise GraphError(f"target {job.target.name!r}: the graph breaks rules of its runtime: {'; '.join(broken)}")
-    save_onnx(lowered, job.folder / MODEL)
-    artifact = job.backend.convert(job.folder / MODEL, job.target, job.folder, precision="int8")
-    # What runs is held against edgekit's own lowering, not against what the backend made of it.
-    reference = lower_qdq(job.model, job.target, keep_float=keep_float) if job.available.can_check else qdq
-    simulated = run_batches(Session(reference, optimize=False).run, job.batches)
-    kernels: Sequence[KernelRecord] = job.backend.planned_kernels(artifact)
-    ran = None
-    if job.available.can_check:
-        with Worker(artifact, job.target, exact=True) as worker:
-            ran = run_batches(worker.run, job.batches)
-            kernels = worker.kernels(job.batches[0])
-    share, float_layers = int8_share(layers(job.model), kernels)
-    proof = compare(ran, simulated, job.floats).model_copy(
-        update={
-            "ran_on": job.available.version if ran is not None else "",
-            "samples": job.samples,
-            "batch_sizes": tuple(sorted({_batch_size(batch) for batch in job.batches})),
-            "int8_macs_share": share,
-            "int8_source": ("planned" if ran is None else "ran") if share is not None else "",
-            "float_layers": float_layers,
-        }
-    )
-    return _Candidate(artifact, proof, (*broken, *lost_slices(simulated, job.floats)))
-
-
-def _find_guilty(job: _Job, keep_float: frozenset[str]) -> str | None:
-    """The first node whose quantization the runtime refuses or gets wrong: bisection over how many, in graph order, are quantized.
-
-    None when there is something wrong even with nothing quantized.
-    """
-    names = [node.name or "" for node in quantized_nodes(job.model, job.target, keep_float=keep_float)]
-    with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
-        trial = replace(job, folder=Path(folder))  # the job's own folder keeps what is exported
-
-        def agrees(count: int) -> bool:
-            return not _try(trial, keep_float | frozenset(names[count:]))[1]
-
-        right, wrong = 0, len(names)
-        if not agrees(right):
-            return None
-        while wrong - right > 1:
-            middle = (right + wrong) // 2
-            right, wrong = (middle, wrong) if agrees(middle) else (right, middle)
-    return names[wrong - 1]
-
-
 def _batches(stored: Stored) -> list[Arrays]:
     few, many, single = BATCH_SIZES
     batches = chain(stored.held_back.batches(few), stored.held_back.batches(single, 0, SINGLES))
     return [*(batch.feeds for batch in batches), samples_of_size(stored, many)]
 
 
-def _batch_size(batch: Arrays) -> int:
-    return next((len(array) for array in batch.values() if array.ndim), 1)
-
-
 def _describe(
-    job: _Job,
+    job: Job,
     record: Compressed,
-    candidate: _Candidate,
+    candidate: Candidate,
     kept: tuple[str, ...],
     placement: TunedPlacement | None,
     metric: Evaluate | None,
@@ -354,17 +253,17 @@ def _describe(
     return manifest
 
 
-def _measure_metric(job: _Job, artifact: Artifact, metric: Evaluate | None) -> tuple[Metric | None, str]:
+def _measure_metric(job: Job, artifact: Artifact, metric: Evaluate | None) -> tuple[Metric | None, str]:
     """The metric of the artifact on its runtime or, where that cannot run, of the lowered graph in simulation."""
     if metric is None:
         return None, ""
-    if not job.available.can_check:
+    if not job.available.can_check or job.checked != job.target:
         return metric(Session(job.folder / MODEL, optimize=True).run), "simulated"
     with Worker(artifact, job.target, exact=False) as worker:
         return metric(worker.run), "ran"
 
 
-def _notes(job: _Job, candidate: _Candidate, kept: tuple[str, ...]) -> list[str]:
+def _notes(job: Job, candidate: Candidate, kept: tuple[str, ...]) -> list[str]:
     notes, proof, runtime = list(candidate.notes), candidate.proof, job.available.version
     opset = load_onnx(job.folder / MODEL).opset_imports.get("", 0)
     if opset > job.target.graph.opset:

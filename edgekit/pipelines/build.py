@@ -1,0 +1,147 @@
+"""One export's artifact: lower, convert, run beside the simulation; and which layer is to blame when they part."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import onnx_ir as ir
+
+from edgekit.backend import Artifact, Availability, Backend, KernelRecord
+from edgekit.errors import BackendError, GraphError
+from edgekit.graph.io import save_onnx
+from edgekit.graph.operators import layers
+from edgekit.graph.rules import quantized_nodes
+from edgekit.graph.run import Session
+from edgekit.lowering.integer import lower_integer
+from edgekit.lowering.qdq import lower_qdq
+from edgekit.lowering.qoperator import lower_qoperator
+from edgekit.lowering.weight_only import check_format
+from edgekit.proof import Arrays, compare, int8_share, lost_slices, moved_by, run_batches
+from edgekit.records import MODEL, Proof
+from edgekit.target import Format, Target
+from edgekit.worker import Worker
+
+LOWER_FORMAT: dict[Format, Callable[[ir.Model], ir.Model]] = {
+    "qdq": lambda model: model,
+    "qoperator": lower_qoperator,
+    "integer": lower_integer,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What one export works with; `checked` stands in for `target` where this CPU does not compute what the target's does."""
+
+    model: ir.Model
+    target: Target
+    checked: Target
+    format: Format
+    backend: Backend
+    available: Availability
+    folder: Path
+    batches: Sequence[Arrays]
+    floats: Sequence[Arrays]
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An artifact that was built and tried."""
+
+    artifact: Artifact
+    proof: Proof
+    notes: tuple[str, ...]
+
+
+def try_build(job: Job, keep_float: frozenset[str]) -> tuple[Candidate | None, str]:
+    """What was built, and what is wrong with it; nothing but the reason when the runtime refuses it."""
+    try:
+        candidate = _build(job, keep_float)
+    except BackendError as error:
+        return None, str(error)
+    return candidate, candidate.proof.reason if candidate.proof.agrees is False else ""
+
+
+def _build(job: Job, keep_float: frozenset[str]) -> Candidate:
+    """Lower, convert, and run on the held-back samples beside the simulation."""
+    check_format(job.model, job.format)
+    qdq = job.backend.lower(job.model, job.target, keep_float=keep_float)
+    lowered = LOWER_FORMAT[job.format](qdq)
+    broken = job.backend.check(lowered, job.target)
+    if broken and not job.available.can_check:
+        raise GraphError(f"target {job.target.name!r}: the graph breaks rules of its runtime: {'; '.join(broken)}")
+    save_onnx(lowered, job.folder / MODEL)
+    artifact = job.backend.convert(job.folder / MODEL, job.target, job.folder, precision="int8")
+    # What runs is held against edgekit's own lowering, not against what the backend made of it.
+    reference = lower_qdq(job.model, job.target, keep_float=keep_float) if job.available.can_check else qdq
+    simulated = run_batches(Session(reference, optimize=False).run, job.batches)
+    ran: Sequence[Arrays] | None = None
+    kernels = job.backend.planned_kernels(artifact)
+    if job.available.can_check and job.checked == job.target:
+        ran, kernels = _run(job, artifact)
+    elif job.available.can_check:
+        ran, kernels = _run_stand_in(job, keep_float, simulated)
+    share, float_layers = int8_share(layers(job.model), kernels)
+    proof = compare(ran, simulated, job.floats).model_copy(
+        update={
+            "ran_on": job.available.version if ran is not None else "",
+            "samples": job.samples,
+            "batch_sizes": tuple(sorted({_batch_size(batch) for batch in job.batches})),
+            "int8_macs_share": share,
+            "int8_source": ("planned" if ran is None else "ran") if share is not None else "",
+            "float_layers": float_layers,
+        }
+    )
+    return Candidate(artifact, proof, (*broken, *lost_slices(simulated, job.floats)))
+
+
+def _run(job: Job, artifact: Artifact) -> tuple[Sequence[Arrays], Sequence[KernelRecord]]:
+    with Worker(artifact, job.target, exact=True) as worker:
+        return run_batches(worker.run, job.batches), worker.kernels(job.batches[0])
+
+
+def _run_stand_in(
+    job: Job, keep_float: frozenset[str], simulated: Sequence[Arrays]
+) -> tuple[Sequence[Arrays], Sequence[KernelRecord]]:
+    """Run the same graph for the target that stands in; what it adds to its own simulation is added to the real one's outputs."""
+    expected = run_batches(
+        Session(lower_qdq(job.model, job.checked, keep_float=keep_float), optimize=False).run, job.batches
+    )
+    lowered = LOWER_FORMAT[job.format](job.backend.lower(job.model, job.checked, keep_float=keep_float))
+    with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
+        path = Path(folder) / MODEL
+        save_onnx(lowered, path)
+        ran, kernels = _run(job, job.backend.convert(path, job.checked, Path(folder), precision="int8"))
+    moved = [
+        {name: moved_by(real[name], there[name], array) if name in real else array for name, array in here.items()}
+        for real, there, here in zip(simulated, expected, ran, strict=True)
+    ]
+    return moved, kernels
+
+
+def _batch_size(batch: Arrays) -> int:
+    return next((len(array) for array in batch.values() if array.ndim), 1)
+
+
+def find_guilty(job: Job, keep_float: frozenset[str]) -> str | None:
+    """The first node whose quantization the runtime refuses or gets wrong: bisection over how many, in graph order, are quantized.
+
+    None when there is something wrong even with nothing quantized.
+    """
+    names = [node.name or "" for node in quantized_nodes(job.model, job.target, keep_float=keep_float)]
+    with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
+        trial = replace(job, folder=Path(folder))  # the job's own folder keeps what is exported
+
+        def agrees(count: int) -> bool:
+            return not try_build(trial, keep_float | frozenset(names[count:]))[1]
+
+        right, wrong = 0, len(names)
+        if not agrees(right):
+            return None
+        while wrong - right > 1:
+            middle = (right + wrong) // 2
+            right, wrong = (middle, wrong) if agrees(middle) else (right, middle)
+    return names[wrong - 1]
