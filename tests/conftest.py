@@ -20,18 +20,10 @@ from numpy.typing import NDArray
 
 import edgekit
 from edgekit.cli import main
-from edgekit.lowering.saturation import cpu_saturates
-from edgekit.records import Manifest
-from edgekit.target import Quantization, Target
 from networks import Net, simulate
 
 # Torch's threads wait for each other; on a busy machine that takes ten times as long as one thread alone.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-if cpu_saturates():  # without VNNI, uint8 x int8 products are right with weights of 7 bits only
-    Quantization.model_fields["reduce_range"].default = True
-    for table in (Quantization, Target, Manifest):
-        table.model_rebuild(force=True)
 
 TESTS = Path(__file__).parent
 PLUGIN = TESTS / "plugin"

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import pytest
 
 from edgekit.backend import Backend, CompiledModel
 from edgekit.calibration.calibrate import calibrate
@@ -17,6 +18,7 @@ from edgekit.graph.annotations import annotated_values, get_params, set_params
 from edgekit.graph.io import save_onnx
 from edgekit.graph.run import Session
 from edgekit.lowering.qdq import lower_qdq
+from edgekit.lowering.saturation import cpu_saturates, with_reduced_range
 from edgekit.method import Method
 from edgekit.passes.assign_specs import assign_specs
 from edgekit.passes.simplify import simplify
@@ -264,6 +266,16 @@ def _origin(codes: ir.Value | None) -> str:
 
 def lowered(model: ir.Model, target: str, *keep_float: str) -> list[str]:
     return text(lower_qdq(annotate(model), load_target(target), keep_float=frozenset(keep_float)))
+
+
+needs_vnni = pytest.mark.skipif(
+    cpu_saturates(), reason="this CPU has no VNNI: products of uint8 and int8 saturate, and these weights have 8 bits"
+)
+
+
+def local_target(name: str) -> Target:
+    """A shipped target as this CPU computes it: without VNNI, with weights of 7 bits."""
+    return with_reduced_range(load_target(name)) if cpu_saturates() else load_target(name)
 
 
 def changed(target: str, **rules: object) -> Target:

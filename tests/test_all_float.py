@@ -12,6 +12,7 @@ from edgekit.graph.rules import quantized_nodes
 from edgekit.records import MODEL, TunedPlacement
 from edgekit.target import load_target
 from edgekit.tuning import write_placement
+from networks import needs_vnni
 
 TARGET, KEY = "x86-onnxruntime", "k" * 64
 
@@ -25,6 +26,7 @@ def known(out: Path, keep_float: tuple[str, ...], monkeypatch: pytest.MonkeyPatc
     write_placement(out, found)
 
 
+@needs_vnni
 def test_nothing_left_in_int8_is_said_plainly(compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_annotated(compressed / MODEL)
     names = tuple(sorted(node.name or "" for node in quantized_nodes(model, load_target(TARGET))))
@@ -36,6 +38,7 @@ def test_nothing_left_in_int8_is_said_plainly(compressed: Path, monkeypatch: pyt
     assert note in (compressed / "report.md").read_text(encoding="utf-8")
 
 
+@needs_vnni
 def test_one_layer_left_in_int8_is_not_nothing(compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_annotated(compressed / MODEL)
     names = sorted(node.name or "" for node in quantized_nodes(model, load_target(TARGET)) if node.name != "deep")

@@ -20,7 +20,7 @@ from edgekit.graph.io import load_annotated
 from edgekit.method import EVERYTHING
 from edgekit.pipelines.export import ExportResult
 from graphs import Array, normal, poked
-from networks import Net, residual_net, token_net
+from networks import Net, needs_vnni, residual_net, token_net
 
 Snapshot = Callable[[Path], dict[str, str]]
 RUNTIMES = ["x86-onnxruntime", "x86-openvino"]
@@ -134,6 +134,7 @@ def test_channels_of_zeros_in_convolutions(method: Method, tmp_path: Path) -> No
         assert decibels(result) > (25 if method is FOUR_BITS else 35)
 
 
+@needs_vnni
 @pytest.mark.parametrize("method", [Method(), FOUR_BITS, BLOCKS, Method(activations="dynamic")])
 def test_channels_of_zeros_in_matrix_products(method: Method, tmp_path: Path) -> None:
     columns = setting((slice(None), 1), 0)

@@ -14,7 +14,7 @@ from edgekit.lowering.qdq import lower_qdq
 from edgekit.target import load_target
 from edgekit_onnxruntime import OnnxRuntimeBackend
 from edgekit_openvino import OpenVinoBackend
-from networks import compiled, samples, simulate, text, worst
+from networks import compiled, needs_vnni, samples, simulate, text, worst
 from weight_graphs import (
     artifact_of,
     changed_params,
@@ -39,6 +39,7 @@ def dynamic(model: ir.Model, folder: Path, **choices: object) -> ir.Model:
     return compressed(model, folder, activations="dynamic", **choices)
 
 
+@needs_vnni
 @pytest.mark.parametrize("name", ["x86-onnxruntime", "arm-onnxruntime"])
 @pytest.mark.parametrize("network", [tokens, rows, shared])
 def test_onnx_runtime_computes_what_the_operators_say(
@@ -92,6 +93,7 @@ def test_a_convolution_stays_float(tmp_path: Path) -> None:
     assert sum("MatMulInteger(" in line for line in lines) == 1
 
 
+@needs_vnni
 def test_the_bias_makes_up_for_the_shift_and_chosen_codes_are_stored(tmp_path: Path) -> None:
     for network, name in ((tokens, "up0.weight"), (rows, "first.weight")):
         model = dynamic(network(), tmp_path)
@@ -120,6 +122,7 @@ def test_four_bits_are_left_to_the_runtime_which_quantizes_activations_by_itself
     assert SUMS < worst(runtime.run(feeds), simulate(on_grids(model), feeds)) < BYTES
 
 
+@needs_vnni
 def test_openvino_quantizes_activations_when_it_meets_codes(tmp_path: Path) -> None:
     target = load_target("x86-openvino")
     model = dynamic(tokens(), tmp_path)

@@ -26,7 +26,7 @@ from edgekit.records import Manifest, read_manifests, read_record
 from edgekit.report import summary
 from edgekit.worker import Worker
 from graphs import GraphBuilder, normal, run
-from networks import Net, samples
+from networks import Net, needs_vnni, samples
 
 Array = NDArray[Any]
 NumpyTarget = Callable[..., str]
@@ -180,6 +180,7 @@ def without_openvino(tmp_path: Path) -> dict[str, str]:
     return {"PYTHONPATH": str(folder)}
 
 
+@needs_vnni
 def test_openvino_that_is_not_installed_is_said_with_the_remedy(
     compressed: Path, cli_process: Callable[..., Any], without_openvino: dict[str, str], snapshot: Snapshot
 ) -> None:
@@ -279,6 +280,7 @@ def test_a_pool_that_onnxruntime_fuses_wrongly_is_kept_float(tmp_path: Path, att
     assert set(result.manifest.proof.float_layers) == {"second"}
 
 
+@needs_vnni
 def test_scores_beside_boxes_keep_a_grid_of_their_own(tmp_path: Path) -> None:
     build = GraphBuilder(opset=21)
     x = build.conv(build.input("x", ["N", 3, 8, 8]), "features", 3, 8)
@@ -305,6 +307,7 @@ def test_an_operator_that_onnx_does_not_have_is_a_mistake(compressed: Path, tmp_
         edgekit.export(compressed, str(tmp_path / "mine.toml"))
 
 
+@needs_vnni
 def test_a_fault_of_large_batches_is_found(tmp_path: Path) -> None:
     """OpenVINO's mean over a signed int8 tensor of rank 3 is right up to a batch of 8, and wrong from 9 on."""
     build = GraphBuilder(opset=21)

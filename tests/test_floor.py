@@ -16,6 +16,7 @@ from edgekit.graph.io import load_annotated, load_onnx
 from edgekit.graph.rules import precision
 from edgekit.records import MANIFEST, TunedPlacement, read_compressed
 from edgekit.tuning import write_placement
+from networks import needs_vnni
 
 LOSSY = edgekit.Method(weights="int2", rounding="nearest", smooth=False)
 """Weights of four numbers: a model that needs layers in float."""
@@ -106,6 +107,7 @@ def test_sixteen_bits_run_in_float_where_the_target_says_so(tiny: TinyFiles, tmp
     assert result.manifest.proof.agrees
 
 
+@needs_vnni
 def test_a_known_placement_is_used_again_without_timing(
     tiny: TinyFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

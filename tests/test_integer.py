@@ -16,6 +16,7 @@ from edgekit.errors import GraphError
 from edgekit.lowering.functions import add_functions
 from edgekit.lowering.integer import lower_integer
 from edgekit.quant.requantize import requantize, requantize_multiplier, shared_shift_multipliers
+from networks import needs_vnni
 from qdq_graphs import QdqGraph, op_types, run
 from test_qoperator import TYPES, images, residual_network
 
@@ -250,6 +251,7 @@ def test_mean_concat_where_and_moves(dtype: str) -> None:
     )
 
 
+@needs_vnni
 @settings(max_examples=20, deadline=None)
 @given(
     dtype=st.sampled_from(TYPES),
@@ -274,6 +276,7 @@ def test_gemm(
     assert {node.name: node.op_type for node in lowered.graph}["fc"] == "MatMulInteger"
 
 
+@needs_vnni
 @pytest.mark.parametrize("dtype", TYPES)
 def test_matmul_of_weights_with_a_bias_behind_it_and_of_two_activations(dtype: str) -> None:
     g = QdqGraph(dtype)
@@ -287,6 +290,7 @@ def test_matmul_of_weights_with_a_bias_behind_it_and_of_two_activations(dtype: s
     assert_one_code(two, scores, {"x": (3, 7, 16), "y": (3, 16, 7)})
 
 
+@needs_vnni
 @pytest.mark.parametrize("dtype", TYPES)
 def test_a_last_layer_without_output_q_leaves_through_dequantize_linear(dtype: str) -> None:
     g = QdqGraph(dtype)
@@ -298,6 +302,7 @@ def test_a_last_layer_without_output_q_leaves_through_dequantize_linear(dtype: s
     assert np.abs(run(lowered, feeds)[0] - run(model, feeds)[0]).max() < 2e-6
 
 
+@needs_vnni
 @pytest.mark.parametrize("dtype", TYPES)
 def test_a_network_is_integer_throughout_at_any_batch_size(dtype: str) -> None:
     model, step = residual_network(dtype)

@@ -15,14 +15,16 @@ from edgekit.backend import Artifact, KernelRecord
 from edgekit.errors import BackendError
 from edgekit.graph.io import save_onnx
 from edgekit.passes.simplify import simplify
-from edgekit.target import Device, Target, load_target
+from edgekit.target import Device, Target
 from edgekit_onnxruntime import OnnxRuntimeBackend
 from edgekit_onnxruntime.names import NodeNames
 from networks import (
     Net,
     annotate,
     compiled,
+    local_target,
     mixed_net,
+    needs_vnni,
     random_net,
     residual_net,
     samples,
@@ -41,13 +43,13 @@ on_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="the x86 targ
 
 
 def lower(model: ir.Model, name: str = "x86-onnxruntime", *keep_float: str) -> ir.Model:
-    return BACKEND.lower(annotate(model), load_target(name), keep_float=frozenset(keep_float))
+    return BACKEND.lower(annotate(model), local_target(name), keep_float=frozenset(keep_float))
 
 
 def kernels_of(
     model: ir.Model, folder: Path, *, target: Target | None = None, precision: str = "int8"
 ) -> list[KernelRecord]:
-    target = target or load_target("x86-onnxruntime")
+    target = target or local_target("x86-onnxruntime")
     return list(compiled(model, BACKEND, target, folder, precision=precision).kernels(samples(model, 3)))
 
 
@@ -56,7 +58,7 @@ def by_layer(kernels: list[KernelRecord]) -> dict[str, str]:
 
 
 def with_artifact(kind: str, name: str = "x86-onnxruntime") -> Target:
-    target = load_target(name)
+    target = local_target(name)
     return target.model_copy(update={"runtime": target.runtime.model_copy(update={"artifact": kind})})
 
 
@@ -65,7 +67,7 @@ def with_artifact(kind: str, name: str = "x86-onnxruntime") -> Target:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_layer_of_a_residual_network_runs_on_codes(name: str, tmp_path: Path) -> None:
-    kernels = kernels_of(lower(residual_net(), name), tmp_path, target=load_target(name))
+    kernels = kernels_of(lower(residual_net(), name), tmp_path, target=local_target(name))
     found = by_layer(kernels)
     convolutions = ("stem", "a1", "a2", "b1", "b2", "c1", "c2", "c.short")
     assert {layer: found[layer] for layer in convolutions} == dict.fromkeys(convolutions, "QLinearConv")
@@ -81,7 +83,7 @@ def test_every_layer_of_a_residual_network_runs_on_codes(name: str, tmp_path: Pa
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_lighter_operators_run_on_codes_too(name: str, tmp_path: Path) -> None:
-    found = by_layer(kernels_of(lower(mixed_net(), name), tmp_path, target=load_target(name)))
+    found = by_layer(kernels_of(lower(mixed_net(), name), tmp_path, target=local_target(name)))
     expected = {
         "stem": "QLinearConv",
         "deep": "QLinearConv",
@@ -99,7 +101,7 @@ def test_the_lighter_operators_run_on_codes_too(name: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_transposed_convolution_reads_stored_floats(name: str, tmp_path: Path) -> None:
-    kernels = kernels_of(lower(mixed_net(), name), tmp_path, target=load_target(name))
+    kernels = kernels_of(lower(mixed_net(), name), tmp_path, target=local_target(name))
     (up,) = [kernel for kernel in kernels if "up" in kernel.layers]
     assert (up.kernel, up.precision) == ("ConvTranspose", "f32")
     assert not any("up.weight" in layer for kernel in kernels for layer in kernel.layers), "dequantized at every run"
@@ -107,7 +109,7 @@ def test_a_transposed_convolution_reads_stored_floats(name: str, tmp_path: Path)
 
 @pytest.mark.parametrize("name", NAMES)
 def test_matmuls_that_share_an_input_run_on_codes(name: str, tmp_path: Path) -> None:
-    found = by_layer(kernels_of(lower(token_net(), name), tmp_path, target=load_target(name)))
+    found = by_layer(kernels_of(lower(token_net(), name), tmp_path, target=local_target(name)))
     integer = ("MatMulIntegerToFloat", "QLinearMatMul")
     assert all(found[layer] in integer for layer in ("query", "key", "value", "out", "head"))
     assert not any(found[layer] in integer for layer in ("scores", "context", "norm", "softmax") if layer in found)
@@ -115,7 +117,7 @@ def test_matmuls_that_share_an_input_run_on_codes(name: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_layer_that_is_kept_float_is_the_only_one(name: str, tmp_path: Path) -> None:
-    kernels = kernels_of(lower(residual_net(), name, "b1"), tmp_path, target=load_target(name))
+    kernels = kernels_of(lower(residual_net(), name, "b1"), tmp_path, target=local_target(name))
     (kept,) = [kernel for kernel in kernels if "b1" in kernel.layers]
     assert kept.precision == "f32"
     found = by_layer(kernels)
@@ -129,7 +131,7 @@ def test_a_layer_that_is_kept_float_is_the_only_one(name: str, tmp_path: Path) -
 @pytest.mark.parametrize("make", NETS)
 def test_the_runtime_computes_what_the_simulation_does(name: str, make: Callable[[], ir.Model], tmp_path: Path) -> None:
     model = lower(make(), name)
-    loaded = compiled(model, BACKEND, load_target(name), tmp_path)
+    loaded = compiled(model, BACKEND, local_target(name), tmp_path)
     for count, seed in ((1, 11), (5, 12), (16, 13)):
         feeds = samples(model, count, seed)
         assert worst(loaded.run(feeds), simulate(model, feeds)) < ROUNDING, count
@@ -143,17 +145,17 @@ def test_the_arm_file_gives_the_numbers_of_the_x86_file(make: Callable[[], ir.Mo
         folder = tmp_path / name
         folder.mkdir()
         model = lower(make(), name)
-        results.append(compiled(model, BACKEND, load_target(name), folder).run(samples(model, 8, seed=21)))
+        results.append(compiled(model, BACKEND, local_target(name), folder).run(samples(model, 8, seed=21)))
     assert worst(results[0], results[1]) < 1e-6
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_random_networks_compute_what_the_simulation_does(name: str, tmp_path: Path) -> None:
     for seed in range(20):
-        model = BACKEND.lower(annotate(random_net(seed), count=8), load_target(name), keep_float=frozenset())
+        model = BACKEND.lower(annotate(random_net(seed), count=8), local_target(name), keep_float=frozenset())
         feeds = samples(model, 3, seed=1)
         assert (
-            worst(compiled(model, BACKEND, load_target(name), tmp_path).run(feeds), simulate(model, feeds)) < ROUNDING
+            worst(compiled(model, BACKEND, local_target(name), tmp_path).run(feeds), simulate(model, feeds)) < ROUNDING
         ), seed
 
 
@@ -166,7 +168,7 @@ def test_a_dead_channel_keeps_its_bias(name: str, tmp_path: Path) -> None:
     inputs = [net.input("x", ["n", 3, 8, 8]), net.constant("w", weight), net.constant("b", bias)]
     model = net.model(net.op("Conv", inputs, "a"))
     feeds = samples(model, 16)
-    ours = compiled(lower(model, name), BACKEND, load_target(name), tmp_path).run(feeds)["a_y"]
+    ours = compiled(lower(model, name), BACKEND, local_target(name), tmp_path).run(feeds)["a_y"]
     exact = simulate(model, feeds)["a_y"]
     assert np.abs(ours - exact)[:, [1, 4]].max() < 0.05
     assert np.abs(ours - exact).max() < 0.2
@@ -176,7 +178,7 @@ def test_a_fixed_batch_runs_too(tmp_path: Path) -> None:
     model = lower(residual_net(batch=2))
     feeds = samples(model, 99)
     assert feeds["x"].shape[0] == 2
-    loaded = compiled(model, BACKEND, load_target("x86-onnxruntime"), tmp_path)
+    loaded = compiled(model, BACKEND, local_target("x86-onnxruntime"), tmp_path)
     assert worst(loaded.run(feeds), simulate(model, feeds)) < ROUNDING
 
 
@@ -200,17 +202,17 @@ def test_both_kinds_of_artifact_run_alike_and_name_their_layers(kind: str, tmp_p
 def test_a_float_model_is_its_own_artifact(tmp_path: Path) -> None:
     model = simplify(residual_net())
     save_onnx(model, tmp_path / "net.onnx")
-    artifact = BACKEND.convert(tmp_path / "net.onnx", load_target("x86-onnxruntime"), tmp_path, precision="f32")
+    artifact = BACKEND.convert(tmp_path / "net.onnx", local_target("x86-onnxruntime"), tmp_path, precision="f32")
     assert artifact.path == tmp_path / "net.onnx"
     feeds = samples(model, 3)
-    loaded = BACKEND.load(artifact, load_target("x86-onnxruntime"), exact=True)
+    loaded = BACKEND.load(artifact, local_target("x86-onnxruntime"), exact=True)
     assert worst(loaded.run(feeds), simulate(model, feeds)) < 1e-5
 
 
 def test_the_bfloat16_switch_of_arm_is_harmless_elsewhere(tmp_path: Path) -> None:
-    target, model = load_target("arm-onnxruntime"), simplify(residual_net())
+    target, model = local_target("arm-onnxruntime"), simplify(residual_net())
     assert BACKEND.float_precisions(target) == ("f32", "bf16")
-    assert BACKEND.float_precisions(load_target("x86-onnxruntime")) == ("f32",)
+    assert BACKEND.float_precisions(local_target("x86-onnxruntime")) == ("f32",)
     feeds = samples(model, 3)
     loaded = compiled(model, BACKEND, target, tmp_path, precision="bf16")
     assert worst(loaded.run(feeds), simulate(model, feeds)) < 0.02
@@ -218,7 +220,7 @@ def test_the_bfloat16_switch_of_arm_is_harmless_elsewhere(tmp_path: Path) -> Non
 
 def test_prepared_inference_runs_again_and_again(tmp_path: Path) -> None:
     model = lower(residual_net())
-    infer = compiled(model, BACKEND, load_target("x86-onnxruntime"), tmp_path).prepare(samples(model, 2))
+    infer = compiled(model, BACKEND, local_target("x86-onnxruntime"), tmp_path).prepare(samples(model, 2))
     assert [infer() for _ in range(3)] == [None, None, None]
 
 
@@ -276,8 +278,8 @@ def test_with_the_onnx_file_at_hand_a_node_may_be_called_anything() -> None:
 @on_x86
 def test_where_a_target_can_run() -> None:
     here, elsewhere = (
-        BACKEND.available(load_target("x86-onnxruntime")),
-        BACKEND.available(load_target("arm-onnxruntime")),
+        BACKEND.available(local_target("x86-onnxruntime")),
+        BACKEND.available(local_target("arm-onnxruntime")),
     )
     assert (here.can_convert, here.can_run, here.can_check, here.reason) == (True, True, True, "")
     assert here.version.startswith("onnxruntime 1.")
@@ -287,11 +289,12 @@ def test_where_a_target_can_run() -> None:
 
 def test_a_lowered_graph_breaks_no_rule() -> None:
     for name in NAMES:
-        assert BACKEND.check(lower(residual_net(), name), load_target(name)) == []
+        assert BACKEND.check(lower(residual_net(), name), local_target(name)) == []
 
 
+@needs_vnni
 def test_wide_weights_are_warned_of_without_vnni() -> None:
-    old = load_target("x86-onnxruntime").model_copy(update={"device": Device(arch="x86_64", isa=("avx2",))})
+    old = local_target("x86-onnxruntime").model_copy(update={"device": Device(arch="x86_64", isa=("avx2",))})
     (warning,) = BACKEND.check(lower(residual_net()), old)
     assert "9 weights" in warning and "'stem.weight_quantized'" in warning and "saturate" in warning
 
@@ -302,25 +305,25 @@ def test_a_graph_that_the_runtime_refuses_is_reported_in_its_words(tmp_path: Pat
     graph = onnx.helper.make_graph([node], "g", infos[:1], infos[1:])
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)]), tmp_path / "net.onnx")
     with pytest.raises(BackendError, match=r"net\.onnx: ONNX Runtime refuses the model: .*NoSuchOperator"):
-        BACKEND.convert(tmp_path / "net.onnx", load_target("arm-onnxruntime"), tmp_path, precision="int8")
+        BACKEND.convert(tmp_path / "net.onnx", local_target("arm-onnxruntime"), tmp_path, precision="int8")
 
 
 def test_a_missing_artifact_is_named(tmp_path: Path) -> None:
     path = tmp_path / "gone.ort"
     with pytest.raises(BackendError, match=r"gone\.ort: no such file; run `edgekit export` again"):
-        BACKEND.load(Artifact(path, (path,), "int8"), load_target("x86-onnxruntime"), exact=False)
+        BACKEND.load(Artifact(path, (path,), "int8"), local_target("x86-onnxruntime"), exact=False)
 
 
 def test_a_damaged_artifact_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "damaged.ort"
     path.write_bytes(b"nothing that a runtime knows" * 10)
     with pytest.raises(BackendError, match=r"damaged\.ort: ONNX Runtime refuses the model"):
-        BACKEND.load(Artifact(path, (path,), "int8"), load_target("x86-onnxruntime"), exact=False)
+        BACKEND.load(Artifact(path, (path,), "int8"), local_target("x86-onnxruntime"), exact=False)
 
 
 def test_feeds_that_do_not_fit_are_refused_in_the_runtimes_words(tmp_path: Path) -> None:
     model = lower(residual_net())
-    loaded = compiled(model, BACKEND, load_target("x86-onnxruntime"), tmp_path)
+    loaded = compiled(model, BACKEND, local_target("x86-onnxruntime"), tmp_path)
     with pytest.raises(BackendError, match=r"(?s)ONNX Runtime fails to run: .*input: x.*Got: 4 Expected: 3"):
         loaded.run({"x": np.zeros((1, 4, 16, 16), np.float32)})
     with pytest.raises(BackendError, match=r"ONNX Runtime fails to run: .*\['x'\]"):

@@ -20,12 +20,25 @@ from edgekit.errors import BackendError
 from edgekit.graph.io import save_onnx
 from edgekit.lowering.qdq import lower_qdq
 from edgekit.passes.simplify import simplify
-from edgekit.target import Device, load_target
+from edgekit.target import Device
 from edgekit_openvino import OpenVinoBackend
-from networks import Net, annotate, compiled, mixed_net, random_net, residual_net, samples, simulate, token_net, worst
+from networks import (
+    Net,
+    annotate,
+    compiled,
+    local_target,
+    mixed_net,
+    needs_vnni,
+    random_net,
+    residual_net,
+    samples,
+    simulate,
+    token_net,
+    worst,
+)
 
 BACKEND = OpenVinoBackend()
-TARGET = load_target("x86-openvino")
+TARGET = local_target("x86-openvino")
 NETS = (residual_net, mixed_net, token_net)
 ROUNDING = 0.02
 """A code that flips at a tie, as a share of an output's largest magnitude; wrong kernels are off by 0.2 and more."""
@@ -316,9 +329,9 @@ def test_rules_that_a_graph_of_another_target_breaks() -> None:
     net = Net()
     y = net.conv(net.input("x", ["n", 3, 8, 8]), "a", 3, 4)
     signed = net.model(net.conv(net.pad(y, "pad", [0, 2, 0, 0, 0, 2, 0, 0]), "b", 8, 4))
-    (broken,) = BACKEND.check(lower_qdq(annotate(signed), load_target("x86-onnxruntime")), TARGET)
+    (broken,) = BACKEND.check(lower_qdq(annotate(signed), local_target("x86-onnxruntime")), TARGET)
     assert "Pad 'pad' pads codes with a zero point other than 0" in broken
-    target = load_target("x86-onnxruntime")
+    target = local_target("x86-onnxruntime")
     never = target.model_copy(update={"quantization": target.quantization.model_copy(update={"integer_pad": "never"})})
     (broken,) = BACKEND.check(lower_qdq(annotate(signed), never), TARGET)
     assert "Pad 'pad' reads a DequantizeLinear" in broken
@@ -339,6 +352,7 @@ def test_rules_for_grids() -> None:
     ]
 
 
+@needs_vnni
 def test_wide_weights_are_warned_of_without_vnni() -> None:
     old = TARGET.model_copy(update={"device": Device(arch="x86_64", isa=("avx512f",))})
     (warning,) = BACKEND.check(lower(residual_net()), old)
@@ -358,6 +372,7 @@ np.savez(sys.argv[2], **model.run({"x": np.load(sys.argv[3])["x"]}))
 """
 
 
+@needs_vnni
 def test_the_warning_is_true(tmp_path: Path) -> None:
     """OpenVINO obeys a limit on the instruction set; without VNNI wide weights saturate."""
     net = Net(seed=5)

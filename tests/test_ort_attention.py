@@ -12,10 +12,9 @@ import pytest
 from edgekit.graph.operators import layers
 from edgekit.lowering.qdq import lower_qdq
 from edgekit.proof import int8_share
-from edgekit.target import load_target
 from edgekit_onnxruntime import OnnxRuntimeBackend
 from edgekit_onnxruntime.attention import fuse_transformer
-from networks import compiled, simulate, worst
+from networks import compiled, local_target, simulate, worst
 from transformer_graphs import annotated, bert, feeds, vit
 
 BACKEND = OnnxRuntimeBackend()
@@ -29,7 +28,7 @@ ROUNDING = 0.02
 
 def lowered(model: ir.Model, name: str = "x86-onnxruntime", *, packed: bool = True) -> tuple[ir.Model, ir.Model]:
     """The annotated model as a Q/DQ graph, and as the backend lowers it."""
-    model, target = annotated(model, packed=packed), load_target(name)
+    model, target = annotated(model, packed=packed), local_target(name)
     return lower_qdq(model, target), BACKEND.lower(model, target, keep_float=frozenset())
 
 
@@ -98,7 +97,7 @@ def test_weights_keep_one_scale_for_each_column() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_kernels_bear_the_names_of_the_layers(name: str, tmp_path: Path) -> None:
-    source, target = annotated(bert(length=10)), load_target(name)
+    source, target = annotated(bert(length=10)), local_target(name)
     model = BACKEND.lower(source, target, keep_float=frozenset())
     loaded = compiled(model, BACKEND, target, tmp_path)
     given = feeds(model, 3, 10)
@@ -112,7 +111,7 @@ def test_kernels_bear_the_names_of_the_layers(name: str, tmp_path: Path) -> None
 
 
 def test_a_layer_that_is_kept_float_stays_so() -> None:
-    source, target = annotated(bert(layers=1)), load_target("x86-onnxruntime")
+    source, target = annotated(bert(layers=1)), local_target("x86-onnxruntime")
     model = BACKEND.lower(source, target, keep_float=frozenset({"layer0.query+key+value"}))
     found = operators(model)
     assert (found["QAttention"], found["MultiHeadAttention"], found["MatMul"]) == (0, 1, 1)
@@ -120,7 +119,7 @@ def test_a_layer_that_is_kept_float_stays_so() -> None:
 
 @pytest.mark.parametrize("format", ["qoperator", "integer"])
 def test_other_formats_start_from_quantize_and_dequantize(format: str) -> None:
-    target = load_target("x86-onnxruntime")
+    target = local_target("x86-onnxruntime")
     target = target.model_copy(update={"graph": target.graph.model_copy(update={"format": format})})
     model = BACKEND.lower(annotated(bert(layers=1)), target, keep_float=frozenset())
     assert not any(node.domain for node in model.graph)
@@ -130,7 +129,7 @@ def test_attention_whose_weights_are_an_output_stays() -> None:
     model = annotated(bert(layers=1))
     softmax = next(node for node in model.graph if node.op_type == "Softmax")
     model.graph.outputs.append(softmax.outputs[0])
-    found = operators(fuse_transformer(lower_qdq(model, load_target("x86-onnxruntime"))))
+    found = operators(fuse_transformer(lower_qdq(model, local_target("x86-onnxruntime"))))
     assert (found["Softmax"], found["QAttention"], found["MultiHeadAttention"]) == (1, 0, 0)
 
 
@@ -147,5 +146,5 @@ def test_the_source_and_the_result_stay_apart_and_the_result_is_the_same_each_ti
 def test_a_graph_without_a_transformer_comes_back_as_it_was() -> None:
     from networks import annotate, residual_net
 
-    model = lower_qdq(annotate(residual_net()), load_target("x86-onnxruntime"))
+    model = lower_qdq(annotate(residual_net()), local_target("x86-onnxruntime"))
     assert [node.name for node in fuse_transformer(model).graph] == [node.name for node in model.graph]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from edgekit.errors import GraphError
 from edgekit.lowering.qoperator import lower_qoperator
+from networks import needs_vnni
 from qdq_graphs import QdqGraph, op_types, run
 
 TYPES = ["uint8", "int8"]
@@ -80,6 +81,7 @@ LOWERED = {
 }
 
 
+@needs_vnni
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("op_type", LOWERED)
 def test_each_operator_equals_the_optimized_qdq_graph_and_stays_within_one_code(op_type: str, dtype: str) -> None:
@@ -154,6 +156,7 @@ def test_any_conv_equals_the_optimized_qdq_graph(
     np.testing.assert_array_equal(run(lowered, feeds)[0], run(model, feeds, optimized=True)[0])
 
 
+@needs_vnni
 @pytest.mark.parametrize("dtype", TYPES)
 def test_a_clip_that_saturation_does_not_do_becomes_a_clip_of_codes(dtype: str) -> None:
     g = QdqGraph(dtype)

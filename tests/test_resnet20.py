@@ -44,6 +44,8 @@ from claims import (  # noqa: E402
 from int8_formats import end_to_end, layer_differences  # noqa: E402
 from scoring import Entry, Feeds, Kernels, predict, run_entry, scores  # noqa: E402
 
+from networks import needs_vnni  # noqa: E402
+
 TARGETS = ("x86-openvino", "x86-onnxruntime", "arm-onnxruntime", "cuda-tensorrt")
 DIGITS_EPOCHS = 6
 TEST_BATCH, LAYERWISE_SAMPLES, WHOLE_BATCHES = 50, 32, 4
@@ -156,6 +158,7 @@ def _single_threaded(name: str) -> Target:
     return target.model_copy(update={"runtime": target.runtime.model_copy(update={"threads": 1})})
 
 
+@needs_vnni
 @pytest.mark.parametrize(
     ("target", "precision"),
     [("x86-openvino", "int8"), ("x86-openvino", "f32"), ("x86-onnxruntime", "int8"), ("arm-onnxruntime", "int8")],
@@ -182,6 +185,7 @@ def test_tensorrt_builds_an_engine_by_its_documented_rules(case: Case) -> None:
     assert case.manifests["cuda-tensorrt"].proof.int8_macs_share == 1.0
 
 
+@needs_vnni
 @pytest.mark.parametrize("target", ["x86-onnxruntime", "arm-onnxruntime"])
 def test_the_three_formats_agree_layer_by_layer_within_one_code(case: Case, target: str) -> None:
     lowered = load_onnx(case.out / target / MODEL)
@@ -191,6 +195,7 @@ def test_the_three_formats_agree_layer_by_layer_within_one_code(case: Case, targ
     assert {name: codes for name, codes in apart.items() if codes > MOST_CODES_APART} == {}
 
 
+@needs_vnni
 @pytest.mark.parametrize("target", ["x86-onnxruntime", "arm-onnxruntime"])
 def test_the_three_formats_agree_end_to_end(case: Case, target: str) -> None:
     found = end_to_end(load_onnx(case.out / target / MODEL), case.batches[:WHOLE_BATCHES])

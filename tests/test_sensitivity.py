@@ -21,7 +21,7 @@ from edgekit.records import LayerSensitivity, Metric
 from edgekit.sensitivity import LARGEST_DB, Fidelity, rank, sensitivity
 from edgekit.target import Target, load_target
 from graphs import Array
-from networks import Net, annotate, changed, mixed_net, residual_net, samples, simulate, token_net
+from networks import Net, annotate, changed, mixed_net, needs_vnni, residual_net, samples, simulate, token_net
 
 PORTABLE = load_target("portable")
 NETS = {"residual": residual_net, "mixed": mixed_net, "token": token_net}
@@ -40,6 +40,7 @@ def one_by_one(model: ir.Model, target: Target, name: str) -> Fidelity:
     return found
 
 
+@needs_vnni
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("symmetric", [False, True], ids=["affine", "symmetric"])
 def test_each_layer_alone_is_what_lowering_it_alone_gives(net: str, symmetric: bool) -> None:
@@ -184,6 +185,7 @@ def test_ranks_by_output_error_and_by_metric_where_there_is_one() -> None:
     assert rank([layer("a", 30, 0.5), layer("b", 20, 0.9), layer("c", 10, 0.9)]) == ["a", "c", "b"]
 
 
+@needs_vnni
 @pytest.mark.parametrize("activations", ["static", "dynamic", "none"])
 def test_layers_behind_a_table_of_codes_with_activations_of_every_kind(
     activations: Literal["static", "dynamic", "none"],

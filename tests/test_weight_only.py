@@ -20,7 +20,7 @@ from edgekit.target import load_target
 from edgekit_onnxruntime import OnnxRuntimeBackend
 from edgekit_openvino import OpenVinoBackend
 from edgekit_tensorrt import TensorRtBackend
-from networks import compiled, get_params_of, samples, simulate, text, worst
+from networks import compiled, get_params_of, needs_vnni, samples, simulate, text, worst
 from weight_graphs import (
     artifact_of,
     changed_params,
@@ -89,6 +89,7 @@ def test_onnx_runtime_multiplies_with_codes(grid: tuple[str, int], tmp_path: Pat
         assert worst(runtime.run(feeds), simulate(on_grids(model), feeds)) < BYTES
 
 
+@needs_vnni
 @pytest.mark.parametrize(("weights", "block", "share"), [("int8", 0, 0.35), ("int4", 64, 0.25), ("uint4", 128, 0.25)])
 def test_openvino_multiplies_with_codes_and_quantizes_activations_by_itself(
     weights: str, block: int, share: float, tmp_path: Path

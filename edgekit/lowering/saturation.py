@@ -23,7 +23,8 @@ SATURATES = (
     "latency is not measured"
 )
 SATURATES_REMEDY = (
-    "run `edgekit benchmark` on a CPU with VNNI, or export for a target with reduce_range, such as x86-*-avx2"
+    "run `edgekit benchmark` on a CPU with VNNI, or export for a target file of this CPU, with reduce_range = true in "
+    "[quantization]"
 )
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -48,8 +49,10 @@ def _meets_codes(node: ir.Node, weight: ir.Value) -> bool:
 
 
 def saturates_here(target: Target) -> bool:
-    """Whether this machine's CPU saturates products that the device of `target` does not: it has no VNNI, and weights have 8 bits."""
-    return target.device.arch in ("", "aarch64", "x86_64") and not target.quantization.reduce_range and cpu_saturates()
+    """Whether this machine's CPU saturates products of 8-bit weights that the device of `target`, an ARM CPU or one with VNNI, does not."""
+    device = target.device
+    exact = device.arch == "aarch64" or (device.arch == "x86_64" and bool(VNNI & set(device.isa)))
+    return exact and not target.quantization.reduce_range and cpu_saturates()
 
 
 def with_reduced_range(target: Target) -> Target:
