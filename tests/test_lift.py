@@ -16,7 +16,7 @@ from edgekit.records import LiftState, Metric
 from edgekit.sensitivity import Fidelity
 from edgekit.target import load_target
 from graphs import Array
-from networks import annotate, needs_vnni, residual_net, samples, simulate, text
+from networks import annotate, residual_net, samples, simulate, text
 
 PORTABLE = load_target("portable")
 LAYERS = ("stem", "a1", "a2", "b1", "b2", "c1", "c2", "c.short", "head")
@@ -61,7 +61,6 @@ def test_what_is_good_enough_is_left_alone(model: ir.Model, batches: list[dict[s
     assert len(found.state.trials) == 1
 
 
-@needs_vnni
 def test_only_the_bad_layers_are_lifted_however_they_rank(model: ir.Model, batches: list[dict[str, Array]]) -> None:
     bad = coarse(model, "a2", "c1")
     found = lift(bad, PORTABLE, batches, Floor("dB", 25), ranking=LAYERS, threads=1)

@@ -25,7 +25,6 @@ from edgekit.reference import resolve_reference
 from edgekit.target import load_target
 from edgekit.training.checkpoint import load_checkpoint
 from edgekit.training.synthetic import module_inputs, synthetic_images, synthetic_samples
-from networks import needs_vnni
 
 ROOT = Path(__file__).resolve().parent.parent
 ZOO = ROOT.parent / "shared" / "zoo"
@@ -141,7 +140,6 @@ def test_a_shape_or_a_number_of_inputs_that_does_not_fit_is_refused() -> None:
         module_inputs(Pair(), SHAPE)
 
 
-@needs_vnni
 @pytest.mark.skipif(not (ZOO / "resnet20-12fca82f.th").is_file(), reason="the model zoo is not here")
 def test_resnet20_calibrated_on_them_agrees_with_float(tmp_path: Path) -> None:
     factory = resolve_reference(

@@ -232,3 +232,11 @@ def test_a_target_is_one_value(tmp_path: Path) -> None:
     text = MINIMAL + 'extends = "portable"\n'
     assert load_target(written(tmp_path, text)) == load_target(written(tmp_path, text))
     assert isinstance(load_target("portable"), Target)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "examples").glob("*.toml")), ids=lambda path: path.stem
+)
+def test_the_examples_are_valid(path: Path) -> None:
+    target = load_target(str(path))
+    assert target.name not in target_names() and target.backend in backend_names()

@@ -23,7 +23,8 @@ class Session:
 
     Args:
         model: the graph, or the path of a file.
-        optimize: let ONNX Runtime fuse and rewrite. Off, each node is computed as the standard says: the simulation.
+        optimize: let ONNX Runtime fuse and rewrite floats. Off, each node is computed as the standard says. Quantize/DequantizeLinear
+            are computed either way: what they stand around is simulated in float.
         threads: of one inference; 0 lets ONNX Runtime choose.
     """
 
@@ -33,6 +34,8 @@ class Session:
         options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
         options.intra_op_num_threads = threads
         options.log_severity_level = 4
+        # Or it makes integer kernels of Q/DQ, which saturate on some CPUs, and quantizes more than it is told to.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
         # Spinning threads slow whatever works on the results between two runs.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
