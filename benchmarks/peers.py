@@ -41,11 +41,13 @@ def onnxruntime_quantized(
     *,
     methods: Sequence[CalibrationMethod] = METHODS,
     operators: Sequence[str] = (),
+    reduce_range: bool = False,
 ) -> dict[str, Artifact]:
     """ONNX Runtime's `quantize_static`, by calibration method: QDQ, uint8 activations, int8 weights per channel.
 
     These are the settings that its documentation recommends for x86-64 with VNNI; ranges of weights and everything else
-    are its defaults. The files differ in their scales and zero points only. `operators` limits it to some; empty means all
+    are its defaults; `reduce_range` is what it recommends without. The files differ
+    in their scales and zero points only. `operators` limits it to some; empty means all
     that it knows.
     """
     suffix = f", {operators[0]} only" if operators else ""
@@ -64,6 +66,7 @@ def onnxruntime_quantized(
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 calibrate_method=method,
+                reduce_range=reduce_range,
             )
             made[f"quantize_static, {method.name}{suffix}"] = Artifact(path, (path,))
     return made

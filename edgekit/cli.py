@@ -128,6 +128,11 @@ _folder = click.argument("folder", metavar="OUT", type=click.Path(path_type=Path
 @click.option("--portable", is_flag=True, help="Compress for all targets (the default).")
 @click.option("--evaluate", metavar="MODULE:FUNCTION|PATH", help="The metric, or labelled data for top-1.")
 @click.option("--max-drop", help="Points of the metric that may be lost, or a floor: 30dB, cos0.999.  [default: none]")
+@click.option(
+    "--proxy",
+    metavar="NAME",
+    help="Decision to keep where there is no metric: boxes, text, mask, cosine, threshold, argmax, equal, none.  [default: auto]",
+)
 @click.option("--search", is_flag=True, default=None, help="Try other choices than the defaults below; take the best.")
 @click.option("--seed", type=click.IntRange(0), help="Of the order in which --search tries them.  [default: 0]")
 @click.option(
@@ -344,6 +349,8 @@ def _print_compressed(result: CompressResult) -> None:
     if record.float_metric and record.simulated_metric:
         name, before, after = record.float_metric.name, record.float_metric.value, record.simulated_metric.value
         click.echo(f"  {name}: {before:.4f} in float, {after:.4f} in simulated int8")
+    elif record.proxy:
+        click.echo(f"  {record.proxy.name} with float: {record.proxy.after:.4g} in simulated int8")
     for note in record.notes:
         click.echo(f"  note: {note}")
     stale = [row.target for row in summary(result.model.parent)]

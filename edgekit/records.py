@@ -40,6 +40,24 @@ class Metric(Table):
     value: float
 
 
+class ProxyRecord(Table):
+    """What stood in for a metric: how far the model makes the float one's decisions, 0 to 1, or the SQNR of its outputs.
+
+    Attributes:
+        name: for people.
+        kind, outputs: the decision and the outputs that it reads; empty for the SQNR.
+        floor: the least that is good enough.
+        before, after: in simulation, before layers were left in float because of it, and at last.
+    """
+
+    name: str
+    kind: str = ""
+    outputs: tuple[str, ...] = ()
+    floor: float
+    before: float
+    after: float
+
+
 class LayerRecord(Table):
     """A layer and what it costs, for one sample."""
 
@@ -65,6 +83,7 @@ class Compressed(Table):
     model_sha256: str = ""
     float_metric: Metric | None = None
     simulated_metric: Metric | None = None
+    proxy: ProxyRecord | None = None
     layers: tuple[LayerRecord, ...] = ()
     stays_float: dict[str, int] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -144,6 +163,7 @@ class Manifest(Table):
     metric: Metric | None = None
     float_metric: Metric | None = None
     metric_source: str = ""
+    proxy: Metric | None = None
     notes: tuple[str, ...] = ()
     placement: TunedPlacement | None = None
 

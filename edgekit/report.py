@@ -17,6 +17,7 @@ from edgekit.records import (
     Manifest,
     Metric,
     OutputProof,
+    ProxyRecord,
     TunedPlacement,
     read_compressed,
     read_manifests,
@@ -109,7 +110,7 @@ def _row(compressed: Compressed, manifest: Manifest, measured: Benchmark | None)
         target=manifest.target,
         state=_state(manifest, measured),
         bytes=manifest.artifact_bytes,
-        metric=_metric(manifest),
+        metric=_metric(manifest, compressed.proxy),
         drop=_drop(manifest),
         median_ms=f"{median:.3f}" if median is not None else "",
         speedup=f"{noisy}{measured.speedup:.2f}x" if measured and measured.speedup is not None else "",
@@ -131,11 +132,13 @@ def _state(manifest: Manifest, measured: Benchmark | None) -> str:
     return f"checked on {proof.ran_on}" + (", not timed here" if measured is not None else "")
 
 
-def _metric(manifest: Manifest) -> str:
+def _metric(manifest: Manifest, proxied: ProxyRecord | None) -> str:
     if manifest.metric is not None:
         simulated = " simulated" if manifest.metric_source == "simulated" else ""
         return f"{_number(manifest.metric)}{simulated}"
     simulated = "" if manifest.proof.ran_on else " simulated"
+    if manifest.proxy is not None and proxied is not None and proxied.kind not in ("", "argmax"):
+        return f"{100 * manifest.proxy.value:.1f} % {proxied.kind}{simulated}"
     if manifest.proof.float_top1 is not None:
         return f"{100 * manifest.proof.float_top1:.1f} % agree{simulated}"
     ratios = [output.float_sqnr_db for output in manifest.proof.outputs if output.float_sqnr_db is not None]

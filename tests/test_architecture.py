@@ -15,7 +15,7 @@ CONVERTERS = ("edgekit_onnxruntime", "edgekit_openvino", "edgekit_tensorrt")
 
 LEVELS = (
     "errors",
-    "progress reference output toml_file",
+    "progress reference output toml_file boxes",
     "quant",
     "method target distribution",
     "data graph trials",
@@ -24,7 +24,7 @@ LEVELS = (
     "worker records",
     "pictures",
     "measure metric proof report",
-    "sensitivity tuning",
+    "sensitivity tuning proxy",
     "lift search",
     "pipelines",
     "console",

@@ -54,12 +54,12 @@ def lower_weights(model: ir.Model, writer: GridWriter, target: Target, keep_floa
     for node, weight, params, activations in layers:
         if node.name in keep_float or params is None:
             continue
-        if activations == "dynamic" and target.weights.dynamic == "never":
+        if activations == "dynamic" and target.weights.dynamic == "never" and target.backend:
             raise TargetError(
                 f"{node.op_type} {node_name(node)!r} wants scales of activations at run time, which target {target.name!r} cannot "
                 'compute: compress with activations = "static", or "none" for weights alone'
             )
-        in_graph = activations == "dynamic" and target.weights.dynamic == "graph"
+        in_graph = activations == "dynamic" and (target.weights.dynamic == "graph" or not target.backend)
         convolves = node.op_type in ("Conv", "ConvTranspose")
         if convolves and (in_graph or params.dtype not in target.weights.conv):
             continue
@@ -71,7 +71,8 @@ def lower_weights(model: ir.Model, writer: GridWriter, target: Target, keep_floa
             _raise_opset(model, node, params)
             node.replace_input_with(1, stored.dequantized(node, weight, params))
         else:
-            _refuse(node, weight, params, target)
+            if target.backend:  # rules without a runtime are for simulation, which takes everything
+                _refuse(node, weight, params, target)
             _raise_opset(model, node, params)
             _lower_product(writer, stored, node, weight, params, add_axis=target.weights.add_axis)
     for _, weight, _, _ in layers:

@@ -24,7 +24,8 @@ from edgekit.method import EVERYTHING, Method
 from edgekit.metric import Evaluate, Runner, open_metric
 from edgekit.output import check_folder, replaced_files, sha256, write_text
 from edgekit.pictures import draw, why_none
-from edgekit.pipelines.floor import changed_answer, lift_notes, look_at_worst, make_goal, meet
+from edgekit.pipelines.decision import BUDGET_S, bound, decision_notes, open_decision, settle
+from edgekit.pipelines.floor import Goal, changed_answer, lift_notes, look_at_worst, make_goal, meet
 from edgekit.pipelines.floor import explain as measure_layers
 from edgekit.pipelines.quantize import Calibrating, quantize
 from edgekit.pipelines.search import find_method, forget, make_plan, search_notes
@@ -39,6 +40,7 @@ from edgekit.pipelines.sources import (
 )
 from edgekit.pipelines.split import Arrays, calibrating_samples, first_batch, held_back, save_arrays
 from edgekit.progress import Progress, silent
+from edgekit.proxy import AUTO
 from edgekit.records import COMPRESSED, HELD_BACK, MODEL, Compressed, LayerRecord, Source, versions
 from edgekit.report import write_report
 from edgekit.target import PORTABLE, Target, load_target
@@ -74,6 +76,7 @@ def compress(
     search: bool = False,
     seed: int = 0,
     explain: bool = False,
+    proxy: str = AUTO,
     preprocess: Preprocess | None = None,
     trust_checkpoint: bool = False,
     input_shape: str | None = None,
@@ -97,6 +100,8 @@ def compress(
         search: try other choices than the method's defaults, and take the best; what `method` was given explicitly stays.
         seed: of the order in which that tries them.
         explain: measure what quantizing each layer alone does, and draw how the worst layers' numbers lie on their grids.
+        proxy: the decision that must survive where no metric and no floor is given: one of `edgekit.proxy.PROXIES`, "auto" for the
+            first that suits the outputs, or "none". Layers that lose it are left in float.
         preprocess: for images.
         trust_checkpoint: open checkpoints that run pickled code.
         input_shape: of one sample, such as "3x224x224", for synthetic data of a torch model.
@@ -122,21 +127,35 @@ def compress(
     graph = _canonical(graph, data, rules, on_progress)
     calibrating = Calibrating(data, calibrating_samples(data, samples), on_progress)
     verifying, remark = held_back(data, calibrating.stop)
+    decision = open_decision(graph, bound(verifying, graph), proxy) if metric is None else None
     method, searched = find_method(graph, rules, method, plan, calibrating, metric, on_progress)
     graph = quantize(graph, rules, method, calibrating)
     found = measure_layers(graph, rules, calibrating, on_progress) if explain or goal else ()
     distributions = look_at_worst(graph, rules, found, calibrating) if explain else ()
     graph, lifted = meet(graph, rules, goal, found, calibrating, metric, on_progress) if goal else (graph, None)
+    judged = None
+    if decision:
+
+        def goal_for(floor: str) -> Goal:
+            return make_goal(floor, budget or BUDGET_S, out, has_metric=True)
+
+        graph, lifted, judged = settle(graph, rules, decision, lifted, calibrating, goal_for, on_progress)
 
     on_progress("evaluate", 0, None)
     measured = _measured(graph, rules, metric, evaluate, preprocess)
-    remarks = (*changed_answer(lifted, measured.get("float_metric")), remark, *_remarks(made_up, explain))
+    remarks = (
+        *decision_notes(judged),
+        *changed_answer(lifted, measured.get("float_metric")),
+        remark,
+        *_remarks(made_up, explain),
+    )
     notes = (*_notes(graph, rules, calibrating.done, origin), *search_notes(searched), *lift_notes(lifted), *remarks)
     record = Compressed(
         **_about(graph, rules, origin, method),
         samples=calibrating.done,
         held_back=len(next(iter(verifying.values()))),
         **measured,
+        proxy=judged,
         sensitivity=found,
         distributions=distributions,
         lifted=lifted,

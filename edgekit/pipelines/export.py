@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -20,11 +20,13 @@ from edgekit.lowering.saturation import saturates_here, with_reduced_range
 from edgekit.metric import Evaluate, Runner, open_metric
 from edgekit.output import sha256, staged_folder, write_text
 from edgekit.pipelines.build import Candidate, Job, find_guilty, try_build
+from edgekit.pipelines.decision import Decision, open_decision
 from edgekit.pipelines.placement import fastest, placement_notes
 from edgekit.pipelines.stored import Stored, open_stored, samples_of_size
 from edgekit.pipelines.targets import missing
 from edgekit.progress import Progress, silent
 from edgekit.proof import Arrays, run_batches
+from edgekit.proxy import AUTO
 from edgekit.records import (
     MANIFEST,
     MODEL,
@@ -203,7 +205,9 @@ def _export_one(
         kept = (*kept, guilty)
     if candidate is None:
         raise BackendError(problem)
-    return _describe(job, stored.record, candidate, kept, placement, metric)
+    proxied = stored.record.proxy if metric is None else None
+    decision = open_decision(stored.model, stored.held_back, proxied.kind or AUTO) if proxied else None
+    return _describe(job, stored.record, candidate, kept, placement, metric, decision)
 
 
 def _batches(stored: Stored) -> list[Arrays]:
@@ -219,10 +223,12 @@ def _describe(
     kept: tuple[str, ...],
     placement: TunedPlacement | None,
     metric: Evaluate | None,
+    decision: Decision | None,
 ) -> Manifest:
     """Measure the metric and write the manifest."""
     artifact = candidate.artifact
-    value, source = _measure_metric(job, artifact, metric)
+    value, source = _measure_metric(job, artifact, metric or (decision.evaluate if decision else None))
+    judged = value if metric is None else None
     manifest = Manifest(
         edgekit=edgekit.__version__,
         versions=versions("onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx-cu13", "numpy"),
@@ -241,13 +247,14 @@ def _describe(
         ),
         kept_float=kept,
         proof=candidate.proof,
-        metric=value,
+        metric=None if judged else value,
         float_metric=record.float_metric
         if record.float_metric and value and record.float_metric.name == value.name
         else None,
         metric_source=source,
+        proxy=judged,
         placement=placement,
-        notes=(*_notes(job, candidate, kept), *placement_notes(placement)),
+        notes=(*_notes(job, candidate, kept), *placement_notes(placement), *_lost(judged, decision)),
     )
     write_text(job.folder / MANIFEST, json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n")
     return manifest
@@ -261,6 +268,11 @@ def _measure_metric(job: Job, artifact: Artifact, metric: Evaluate | None) -> tu
         return metric(Session(job.folder / MODEL, optimize=True).run), "simulated"
     with Worker(artifact, job.target, exact=False) as worker:
         return metric(worker.run), "ran"
+
+
+def _lost(judged: Metric | None, decision: Decision | None) -> Iterator[str]:
+    if judged and decision and judged.value < decision.floor:
+        yield f"{judged.name} with float is {judged.value:.4g}, under {decision.floor:g}: check the accuracy before you ship it"
 
 
 def _notes(job: Job, candidate: Candidate, kept: tuple[str, ...]) -> list[str]:

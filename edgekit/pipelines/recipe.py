@@ -27,6 +27,7 @@ class CompressTable(Table):
     search: bool | None = None
     seed: int | None = None
     explain: bool | None = None
+    proxy: str | None = None
 
 
 class DataTable(Table):

@@ -1,0 +1,124 @@
+"""Whether a quantized model still decides as the float one does, where nobody said how to measure that; and what to do when not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from edgekit.data import BoundData, open_data
+from edgekit.graph.run import Session
+from edgekit.lift import judge_outputs
+from edgekit.lowering.qdq import lower_qdq
+from edgekit.metric import Evaluate
+from edgekit.pipelines.floor import Goal, explain, meet
+from edgekit.pipelines.quantize import Calibrating
+from edgekit.pipelines.sources import input_specs
+from edgekit.progress import Progress
+from edgekit.proxy import AUTO, NONE, Proxy, choose_proxy, open_proxy
+from edgekit.records import Lifted, Metric, ProxyRecord
+from edgekit.target import Target
+
+Arrays = Mapping[str, NDArray[Any]]
+
+FLOOR, FLOOR_DB = 0.98, 20.0
+"""The share of decisions that must be kept; where outputs hold no decision, the least SQNR of the worst of them (dB)."""
+BUDGET_S = 120.0
+"""For looking for layers to leave in float that nobody asked for."""
+BATCH = 8
+SQNR = "SQNR of the outputs (dB)"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """How a model is judged.
+
+    Attributes:
+        proxy: None where outputs are only compared as signals.
+        evaluate: the number, higher is better.
+        floor: the least that is good enough.
+    """
+
+    proxy: Proxy | None
+    evaluate: Evaluate
+    floor: float
+
+    @property
+    def floor_text(self) -> str:
+        """The floor as `--max-drop` would say it."""
+        return f"{self.floor:g}dB" if self.proxy is None else f"{100 * (1 - self.floor):g}"
+
+    def judge(self, graph: ir.Model, rules: Target) -> float:
+        """What the simulation of the annotated graph is worth."""
+        return self.evaluate(Session(lower_qdq(graph, rules), optimize=True).run).value
+
+
+def open_decision(graph: ir.Model, samples: BoundData, kind: str = AUTO) -> Decision | None:
+    """The decision to judge by, on `samples` that did not calibrate; None where `kind` is "none" or no output is a number to compare.
+
+    Raises:
+        DataError: no such proxy, or no output suits it.
+    """
+    if kind == NONE:
+        return None
+    feeds = [batch.feeds for batch in samples.batches(BATCH)]
+    session = Session(graph, optimize=True)
+    floats = [session.run(batch) for batch in feeds]
+    proxy = choose_proxy(floats, feeds, kind)
+    if proxy is not None:
+        return Decision(proxy, open_proxy(proxy, feeds, floats), FLOOR)
+    if not any(array.dtype.kind == "f" for array in floats[0].values()):
+        return None
+    judge = judge_outputs(graph, feeds, cosine=False)
+    return Decision(None, lambda run: Metric(name=SQNR, value=judge(run)), FLOOR_DB)
+
+
+def bound(samples: Arrays, graph: ir.Model) -> BoundData:
+    """Held-back samples as data for a graph."""
+    return open_data(dict(samples)).bind(input_specs(graph))
+
+
+def settle(
+    graph: ir.Model,
+    rules: Target,
+    decision: Decision,
+    lifted: Lifted | None,
+    calibrating: Calibrating,
+    goal_for: Callable[[str], Goal],
+    on_progress: Progress,
+) -> tuple[ir.Model, Lifted | None, ProxyRecord]:
+    """Leave layers in float until the simulated model decides as float does; not where that was done for another goal (`lifted`)."""
+    on_progress("compare decisions with float", 0, None)
+    before = after = decision.judge(graph, rules)
+    if lifted is None and before < decision.floor:
+        found = explain(graph, rules, calibrating, on_progress)
+        if found:
+            goal = goal_for(decision.floor_text)
+            graph, lifted = meet(graph, rules, goal, found, calibrating, decision.evaluate, on_progress)
+            after = decision.judge(graph, rules)
+    return graph, lifted, _record(decision, before, after)
+
+
+def _record(decision: Decision, before: float, after: float) -> ProxyRecord:
+    """What to write down."""
+    proxy = decision.proxy
+    return ProxyRecord(
+        name=proxy.name if proxy else SQNR,
+        kind=proxy.kind if proxy else "",
+        outputs=proxy.outputs if proxy else (),
+        floor=decision.floor,
+        before=before,
+        after=after,
+    )
+
+
+def decision_notes(record: ProxyRecord | None) -> Iterator[str]:
+    """What to tell of it: nothing where all is well."""
+    if record is not None and record.after < record.floor:
+        yield (
+            f"{record.name} with float is {record.after:.4g}, under {record.floor:g}: check the accuracy before you ship it "
+            "(--evaluate measures it; more --time-budget leaves more layers in float; --weights and --activations choose other types)"
+        )

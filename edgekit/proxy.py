@@ -1,0 +1,263 @@
+"""What stands in for a metric when there is none: how many of the float model's decisions a quantized one makes too.
+
+A decision is what a user of the outputs would do with them: take the largest score, read a text, draw boxes. A high signal-to-noise
+ratio can hide lost decisions, and a low one need not lose any.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit.boxes import detection_maps, f1, layout_of, read_boxes
+from edgekit.errors import DataError
+from edgekit.metric import Evaluate, Runner
+from edgekit.records import Metric
+
+Array = NDArray[Any]
+Arrays = Mapping[str, Array]
+
+AUTO, NONE = "auto", "none"
+LEAST_STEPS = 4
+"""Of an output that a text is read from."""
+FEW = 8
+"""Samples from which on classes must be more than one."""
+UNIT = 1e-3
+"""How far sums and norms may be from 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """A decision and where it is made.
+
+    Attributes:
+        kind: one of `PROXIES`.
+        outputs: the names of the outputs that it reads.
+    """
+
+    kind: str
+    outputs: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """For people: `argmax agreement of 'scores'`."""
+        return f"{PROXIES[self.kind].title} of {' and '.join(repr(name) for name in self.outputs)}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """`agree` gives for each sample how far two outputs make the same decision, 0 to 1."""
+
+    title: str
+    suits: Callable[[Arrays, Arrays], tuple[str, ...]]
+    agree: Callable[[Sequence[Array], Sequence[Array]], NDArray[np.float64]]
+
+
+def choose_proxy(floats: Sequence[Arrays], feeds: Sequence[Arrays], kind: str = AUTO) -> Proxy | None:
+    """The decision to judge by, from what the float model makes of some batches; None where its outputs hold none.
+
+    Args:
+        floats: outputs, batch by batch.
+        feeds: inputs, batch by batch.
+        kind: one of `PROXIES`, or "auto" for the first that suits.
+
+    Raises:
+        DataError: no such proxy, or no output suits it.
+    """
+    if kind not in (AUTO, *PROXIES):
+        near = difflib.get_close_matches(kind, [AUTO, NONE, *PROXIES], n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise DataError(f"--proxy {kind!r} is none; {hint}known: {', '.join((AUTO, NONE, *PROXIES))}")
+    same = [batch for batch in floats if _shapes(batch) == _shapes(floats[0])]
+    given = [batch for batch, output in zip(feeds, floats, strict=True) if _shapes(output) == _shapes(floats[0])]
+    outputs, inputs = _joined(same), _joined(given)
+    for name, candidate in PROXIES.items():
+        found = candidate.suits(outputs, inputs) if kind in (AUTO, name) else ()
+        if found:
+            return Proxy(name, found)
+    if kind == AUTO:
+        return None
+    shapes = ", ".join(f"{name!r} {array.dtype}{list(array.shape)}" for name, array in outputs.items())
+    raise DataError(f"--proxy {kind}: no output suits it (found {shapes}); give another, or --evaluate module:function")
+
+
+def open_proxy(proxy: Proxy, feeds: Sequence[Arrays], floats: Sequence[Arrays]) -> Evaluate:
+    """The proxy as a metric: the mean agreement with `floats`, what the float model makes of `feeds`, over all samples."""
+
+    def evaluate(run: Runner) -> Metric:
+        agree = PROXIES[proxy.kind].agree
+        values = [
+            agree([found[name] for name in proxy.outputs], [wanted[name] for name in proxy.outputs])
+            for found, wanted in ((run(batch), expected) for batch, expected in zip(feeds, floats, strict=True))
+        ]
+        return Metric(name=proxy.name, value=float(np.concatenate(values).mean()))
+
+    return evaluate
+
+
+def _shapes(batch: Arrays) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape[1:] for name, array in batch.items()}
+
+
+def _joined(batches: Sequence[Arrays]) -> Arrays:
+    if any(array.ndim == 0 for batch in batches for array in batch.values()):
+        return dict(batches[0])
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def _is_float(array: Array) -> bool:
+    return array.dtype.kind == "f" and array.ndim > 0 and bool(np.isfinite(array).all())
+
+
+def _sums_to_one(array: Array, axis: int) -> bool:
+    return bool((array >= 0).all() and np.abs(array.sum(axis=axis, dtype=np.float64) - 1).max(initial=0) < UNIT)
+
+
+def _distribution(array: Array, axis: int) -> bool:
+    """Whether numbers along an axis are probabilities, or their logarithms."""
+    if array.shape[axis] < 2 or not array.size:
+        return False
+    if _sums_to_one(array, axis):
+        return True
+    return bool((array <= UNIT).all()) and _sums_to_one(np.exp(array.astype(np.float64)), axis)
+
+
+def _first(outputs: Arrays, suits: Callable[[Array], bool]) -> tuple[str, ...]:
+    return next(((name,) for name, array in outputs.items() if _is_float(array) and suits(array)), ())
+
+
+def _suits_boxes(outputs: Arrays, inputs: Arrays) -> tuple[str, ...]:
+    for names in detection_maps(outputs):
+        maps = [outputs[name] for name in names]
+        if any(len(found.scores) for found in read_boxes(maps, layout_of(maps))):
+            return names
+    return ()
+
+
+def _suits_text(outputs: Arrays, inputs: Arrays) -> tuple[str, ...]:
+    def suits(array: Array) -> bool:
+        if array.ndim != 3 or array.shape[1] < LEAST_STEPS or array.shape[2] < 3 or not _distribution(array, 2):
+            return False
+        return bool(_blank(array) is not None)
+
+    return _first(outputs, suits)
+
+
+def _blank(array: Array) -> int | None:
+    """The class of no letter: the first or the last, whichever most steps choose; None where steps choose others."""
+    chosen = array.argmax(axis=2)
+    counts = np.bincount(chosen.reshape(-1), minlength=array.shape[2])
+    most = int(counts.argmax())
+    return most if most in (0, array.shape[2] - 1) and counts[most] > 0.2 * chosen.size else None
+
+
+def _suits_mask(outputs: Arrays, inputs: Arrays) -> tuple[str, ...]:
+    def suits(array: Array) -> bool:
+        maps = array.ndim >= 3 and not any(_distribution(array, axis) for axis in (1, array.ndim - 1))
+        return bool(maps and (array >= -UNIT).all() and (array <= 1 + UNIT).all() and (array > 0.5).any())
+
+    return _first(outputs, suits)
+
+
+def _suits_cosine(outputs: Arrays, inputs: Arrays) -> tuple[str, ...]:
+    def suits(array: Array) -> bool:
+        if array.ndim != 2 or array.shape[1] < 8:
+            return False
+        return bool(np.abs(np.linalg.norm(array.astype(np.float64), axis=1) - 1).max(initial=0) < UNIT)
+
+    return _first(outputs, suits)
+
+
+def _suits_threshold(outputs: Arrays, inputs: Arrays) -> tuple[str, ...]:
+    def suits(array: Array) -> bool:
+        bounded = bool((array >= 0).all() and (array <= 1).all()) and array.ndim in (1, 2)
+        return bool(bounded and not (array.ndim == 2 and _distribution(array, 1)) and (array > 0.5).any())
+
+    return _first(outputs, suits)
+
+
+def _suits_argmax(outputs: Arrays, inputs: Arrays) -> tuple[str, ...]:
+    def suits(array: Array) -> bool:
+        if array.ndim == 2:  # of scores that are no alternatives, such as marks, one is always the largest
+            return array.shape[1] > 1 and (len(array) < FEW or len(set(array.argmax(axis=1).tolist())) > 1)
+        return array.ndim > 2 and any(_distribution(array, axis) for axis in (1, array.ndim - 1))
+
+    return _first(outputs, suits)
+
+
+def _suits_equal(outputs: Arrays, inputs: Arrays) -> tuple[str, ...]:
+    """Whole numbers are labels, whatever their type."""
+    whole = [name for name, array in outputs.items() if array.ndim > 0 and _whole(array)]
+    floats = any(array.dtype.kind == "f" and name not in whole for name, array in outputs.items())
+    return () if floats else tuple(whole[:1])
+
+
+def _whole(array: Array) -> bool:
+    return array.dtype.kind != "f" or bool(np.isfinite(array).all() and (array == np.rint(array)).all())
+
+
+def _agree_boxes(found: Sequence[Array], wanted: Sequence[Array]) -> NDArray[np.float64]:
+    layout = layout_of(wanted)
+    pairs = zip(read_boxes(found, layout), read_boxes(wanted, layout), strict=True)
+    return np.array([f1(ours, theirs) for ours, theirs in pairs])
+
+
+def _agree_text(found: Sequence[Array], wanted: Sequence[Array]) -> NDArray[np.float64]:
+    blank = _blank(wanted[0])
+    pairs = zip(_texts(found[0], blank), _texts(wanted[0], blank), strict=True)
+    return np.array([ours == theirs for ours, theirs in pairs], np.float64)
+
+
+def _texts(array: Array, blank: int | None) -> list[list[int]]:
+    """The best path of CTC: repeated classes once, blanks left out."""
+    chosen = array.argmax(axis=2)
+    starts = np.concatenate([np.ones_like(chosen[:, :1], bool), chosen[:, 1:] != chosen[:, :-1]], axis=1)
+    return [row[keep & (row != blank)].tolist() for row, keep in zip(chosen, starts, strict=True)]
+
+
+def _agree_mask(found: Sequence[Array], wanted: Sequence[Array]) -> NDArray[np.float64]:
+    ours, theirs = ((array[0] > 0.5).reshape(len(array[0]), -1) for array in (found, wanted))
+    union = (ours | theirs).sum(axis=1)
+    return np.asarray(np.where(union > 0, (ours & theirs).sum(axis=1) / np.maximum(union, 1), 1.0))
+
+
+def _agree_cosine(found: Sequence[Array], wanted: Sequence[Array]) -> NDArray[np.float64]:
+    ours, theirs = (array[0].astype(np.float64).reshape(len(array[0]), -1) for array in (found, wanted))
+    norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+    return np.asarray(np.where(norms > 0, (ours * theirs).sum(axis=1) / np.maximum(norms, 1e-30), 0.0))
+
+
+def _agree_threshold(found: Sequence[Array], wanted: Sequence[Array]) -> NDArray[np.float64]:
+    same = (found[0] > 0.5) == (wanted[0] > 0.5)
+    return np.asarray(same.reshape(len(same), -1).mean(axis=1), np.float64)
+
+
+def _agree_argmax(found: Sequence[Array], wanted: Sequence[Array]) -> NDArray[np.float64]:
+    array = wanted[0]
+    axis = 1 if array.ndim == 2 or _distribution(array, 1) else array.ndim - 1
+    same = found[0].argmax(axis=axis) == array.argmax(axis=axis)
+    return np.asarray(same.reshape(len(same), -1).mean(axis=1), np.float64)
+
+
+def _agree_equal(found: Sequence[Array], wanted: Sequence[Array]) -> NDArray[np.float64]:
+    if found[0].shape != wanted[0].shape:
+        return np.zeros(len(wanted[0]))
+    same = found[0] == wanted[0]
+    return np.asarray(np.asarray(same).reshape(len(wanted[0]), -1).mean(axis=1), np.float64)
+
+
+PROXIES: dict[str, _Kind] = {
+    "equal": _Kind("equality", _suits_equal, _agree_equal),
+    "boxes": _Kind("F1 of boxes", _suits_boxes, _agree_boxes),
+    "text": _Kind("equality of texts", _suits_text, _agree_text),
+    "mask": _Kind("IoU of masks", _suits_mask, _agree_mask),
+    "cosine": _Kind("cosine", _suits_cosine, _agree_cosine),
+    "threshold": _Kind("agreement above 0.5", _suits_threshold, _agree_threshold),
+    "argmax": _Kind("argmax agreement", _suits_argmax, _agree_argmax),
+}
+"""By the names that `--proxy` takes, in the order in which they are tried."""

@@ -1,0 +1,245 @@
+"""What stands in for a metric: which decision is chosen from outputs, and how agreement counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+import edgekit
+from edgekit.boxes import layout_of, read_boxes
+from edgekit.errors import DataError
+from edgekit.graph.io import save_onnx
+from edgekit.method import Method
+from edgekit.proxy import Proxy, choose_proxy, open_proxy
+from networks import Net
+
+Array = NDArray[Any]
+Outputs = dict[str, Array]
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def softmax(x: Array, axis: int = -1) -> Array:
+    e = np.exp(x - x.max(axis=axis, keepdims=True))
+    return np.asarray(e / e.sum(axis=axis, keepdims=True), np.float32)
+
+
+def scores() -> Outputs:
+    return {"scores": rng().normal(0, 3, (16, 10)).astype(np.float32)}
+
+
+def probabilities() -> Outputs:
+    return {"p": softmax(scores()["scores"])}
+
+
+def pixels() -> Outputs:
+    return {"classes": softmax(rng().normal(0, 3, (4, 5, 6, 6)), axis=1)}
+
+
+def embeddings() -> Outputs:
+    x = rng().normal(0, 1, (16, 32)).astype(np.float32)
+    return {"embedding": x / np.linalg.norm(x, axis=1, keepdims=True)}
+
+
+def mask() -> Outputs:
+    return {"map": rng().random((3, 1, 8, 8)).astype(np.float32)}
+
+
+def voice() -> Outputs:
+    return {"p": rng().random((16, 1)).astype(np.float32), "state": rng().normal(0, 1, (2, 16, 8)).astype(np.float32)}
+
+
+def text() -> Outputs:
+    logits = rng().normal(0, 1, (6, 12, 9))
+    logits[:, ::2, 0] += 9
+    return {"steps": softmax(logits)}
+
+
+def labels() -> Outputs:
+    return {"label": rng().integers(0, 9, (16, 4))}
+
+
+def labels_as_floats() -> Outputs:
+    return {"label": rng().integers(0, 9, (1, 12)).astype(np.float32)}
+
+
+def boxes(*, turned: bool = True) -> Outputs:
+    """Two images, 100 anchors, three classes; two objects in the first, one in the second."""
+    table = np.zeros((2, 100, 7), np.float32)
+    table[:, :, :4] = [50, 50, 20, 20]
+    table[0, 3] = [30, 30, 20, 20, 0.9, 0, 0]
+    table[0, 50] = [80, 80, 10, 30, 0, 0.8, 0]
+    table[1, 7] = [30, 40, 20, 20, 0, 0, 0.7]
+    return {"detections": table.transpose(0, 2, 1) if turned else table}
+
+
+def boxes_and_scores() -> Outputs:
+    corners = np.tile(np.array([0.1, 0.1, 0.5, 0.5], np.float32), (2, 100, 1))
+    background = np.tile(np.array([0.98, 0.01, 0.01], np.float32), (2, 100, 1))
+    background[0, 5] = [0.1, 0.8, 0.1]
+    return {"scores": background, "boxes": corners}
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "names"),
+    [
+        (scores, "argmax", ("scores",)),
+        (probabilities, "argmax", ("p",)),
+        (pixels, "argmax", ("classes",)),
+        (embeddings, "cosine", ("embedding",)),
+        (mask, "mask", ("map",)),
+        (voice, "threshold", ("p",)),
+        (text, "text", ("steps",)),
+        (labels, "equal", ("label",)),
+        (labels_as_floats, "equal", ("label",)),
+        (boxes, "boxes", ("detections",)),
+        (boxes_and_scores, "boxes", ("boxes", "scores")),
+    ],
+)
+def test_the_decision_is_seen_in_the_outputs_and_a_model_agrees_with_itself(
+    make: Callable[[], Outputs], kind: str, names: tuple[str, ...]
+) -> None:
+    outputs = make()
+    proxy = choose_proxy([outputs], [{"x": np.zeros((16, 3, 8, 8), np.float32)}])
+    assert proxy == Proxy(kind, names)
+    assert agreement(outputs, outputs, proxy) == 1.0
+    assert all(repr(name) in proxy.name for name in names)
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        {
+            "marks": np.tile(np.array([3.0, 4.5, 3.5], np.float32), (16, 1))
+            + rng().random((16, 3)).astype(np.float32) / 3
+        },
+        {"signal": rng().normal(0, 1, (4, 100)).astype(np.float32)[:, :1]},
+        {"scalar": np.float32(0.5)},
+        {"broken": np.full((4, 10), np.nan, np.float32)},
+    ],
+)
+def test_where_there_is_no_decision_there_is_no_proxy(outputs: Outputs) -> None:
+    assert choose_proxy([{name: np.asarray(array) for name, array in outputs.items()}], [{}]) is None
+
+
+def agreement(found: Outputs, wanted: Outputs, proxy: Proxy) -> float:
+    return open_proxy(proxy, [{}], [wanted])(lambda feeds: found).value
+
+
+@given(flipped=st.integers(0, 16))
+def test_each_lost_sample_counts(flipped: int) -> None:
+    wanted = scores()["scores"]
+    found = wanted.copy()
+    found[:flipped] = -found[:flipped]
+    assert agreement({"s": found}, {"s": wanted}, Proxy("argmax", ("s",))) == pytest.approx(1 - flipped / 16)
+
+
+def test_a_text_is_equal_when_repeats_and_blanks_are_left_out() -> None:
+    def steps(*classes: int) -> Array:
+        return np.eye(9, dtype=np.float32)[[list(classes)]][0][None] * 0.98 + 0.02 / 9
+
+    wanted = steps(0, 3, 3, 0, 0, 4, 0, 0)
+    proxy = Proxy("text", ("t",))
+    assert agreement({"t": steps(3, 0, 0, 4, 4, 0, 0, 0)}, {"t": wanted}, proxy) == 1.0
+    assert agreement({"t": steps(3, 0, 3, 4, 4, 0, 0, 0)}, {"t": wanted}, proxy) == 0.0
+    assert agreement({"t": steps(0, 3, 3, 0, 0, 5, 0, 0)}, {"t": wanted}, proxy) == 0.0
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_boxes_are_matched_by_place_and_class(turned: bool) -> None:
+    proxy = Proxy("boxes", ("detections",))
+
+    def changed(change: Callable[[Array], None]) -> float:
+        found = boxes()["detections"].transpose(0, 2, 1).copy()
+        change(found)
+        return agreement({"detections": found.transpose(0, 2, 1)}, boxes(), proxy)
+
+    def shift(table: Array) -> None:
+        table[:, :, :2] += 2
+
+    def lose(table: Array) -> None:
+        table[0, 50, 5] = 0.1
+
+    def confuse(table: Array) -> None:
+        table[1, 7, 4:] = [0, 0.7, 0]
+
+    assert changed(shift) == 1.0
+    assert changed(lose) == pytest.approx((2 / 3 + 1) / 2)
+    assert changed(confuse) == pytest.approx((1 + 0) / 2)
+
+
+def test_of_overlapping_boxes_of_a_class_one_is_kept() -> None:
+    table = boxes(turned=True)["detections"].transpose(0, 2, 1).copy()
+    table[0, 4] = [31, 31, 20, 20, 0.85, 0, 0]
+    table[0, 5] = [31, 31, 20, 20, 0, 0.6, 0]
+    maps = [table.transpose(0, 2, 1)]
+    first, second = read_boxes(maps, layout_of(maps))
+    assert first.scores.tolist() == pytest.approx([0.9, 0.8, 0.6])
+    assert first.corners[0].tolist() == [20, 20, 40, 40]
+    assert (first.classes.tolist(), second.classes.tolist()) == ([0, 1, 1], [2])
+
+
+def test_a_proxy_that_does_not_exist_or_suit_is_refused() -> None:
+    with pytest.raises(DataError, match=r"--proxy 'argmaxx' is none; did you mean 'argmax'\? known: auto, none"):
+        choose_proxy([scores()], [{}], "argmaxx")
+    with pytest.raises(DataError, match=r"--proxy boxes: no output suits it \(found 'scores' float32\[16, 10\]\)"):
+        choose_proxy([scores()], [{}], "boxes")
+    assert choose_proxy([scores()], [{}], "argmax") == Proxy("argmax", ("scores",))
+
+
+def one_bad_layer() -> tuple[ir.Model, Outputs]:
+    """Two layers; a huge channel, which the second one ignores, leaves the others no codes between the first and it."""
+    net = Net(seed=11)
+    first = rng(1).normal(0, 1, (16, 8)).astype(np.float32)
+    first[0] *= 3000
+    x = net.op("Gemm", [net.input("x", ["n", 8]), net.constant("a.weight", first)], "a", transB=1)
+    second = rng(2).normal(0, 1, (6, 16)).astype(np.float32)
+    second[:, 0] = 0
+    y = net.op("Gemm", [x, net.constant("b.weight", second)], "b", transB=1)
+    return net.model(y), {"x": rng(3).normal(0, 1, (192, 8)).astype(np.float32)}
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outputs]:
+    model, data = one_bad_layer()
+    path = tmp_path_factory.mktemp("bad") / "net.onnx"
+    save_onnx(model, path)
+    return path, data
+
+
+PLAIN = Method(calibrator="minmax", smooth=False, rounding="nearest")
+
+
+def test_layers_that_lose_the_decision_are_left_in_float_by_default(bad: tuple[Path, Outputs], tmp_path: Path) -> None:
+    path, data = bad
+    record = edgekit.compress(path, tmp_path / "out", calibration=data, method=PLAIN).record
+    assert record.proxy is not None and record.lifted is not None
+    assert record.proxy.kind == "argmax" and record.proxy.before < 0.9 and record.proxy.after >= 0.98
+    assert record.lifted.lifted == ("b",)
+    assert any("with b in float" in note for note in record.notes)
+    [result] = edgekit.export(tmp_path / "out", "cuda-tensorrt")
+    assert result.manifest.proxy is not None and result.manifest.proxy.value >= 0.98
+    assert not any("under 0.98" in note for note in result.manifest.notes)
+
+
+def test_without_a_proxy_nothing_is_lifted(bad: tuple[Path, Outputs], tmp_path: Path) -> None:
+    path, data = bad
+    record = edgekit.compress(path, tmp_path / "out", calibration=data, method=PLAIN, proxy="none").record
+    assert record.proxy is None and record.lifted is None
+
+
+def test_a_floor_that_is_not_met_is_said(bad: tuple[Path, Outputs], tmp_path: Path) -> None:
+    path, data = bad
+    record = edgekit.compress(path, tmp_path / "out", calibration=data, method=PLAIN, max_drop="0dB").record
+    assert record.proxy is not None and record.proxy.after < 0.98
+    assert any("under 0.98: check the accuracy" in note for note in record.notes)
