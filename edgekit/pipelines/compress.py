@@ -24,8 +24,8 @@ from edgekit.method import EVERYTHING, Method
 from edgekit.metric import Evaluate, Runner, open_metric
 from edgekit.output import check_folder, replaced_files, sha256, write_text
 from edgekit.pictures import draw, why_none
-from edgekit.pipelines.decision import BUDGET_S, bound, decision_notes, open_decision, settle
-from edgekit.pipelines.floor import Goal, changed_answer, lift_notes, look_at_worst, make_goal, meet
+from edgekit.pipelines.decision import bound, decision_notes, open_decision, settle
+from edgekit.pipelines.floor import changed_answer, lift_notes, look_at_worst, make_goal, meet
 from edgekit.pipelines.floor import explain as measure_layers
 from edgekit.pipelines.quantize import Calibrating, quantize
 from edgekit.pipelines.search import find_method, forget, make_plan, search_notes
@@ -133,13 +133,7 @@ def compress(
     found = measure_layers(graph, rules, calibrating, on_progress) if explain or goal else ()
     distributions = look_at_worst(graph, rules, found, calibrating) if explain else ()
     graph, lifted = meet(graph, rules, goal, found, calibrating, metric, on_progress) if goal else (graph, None)
-    judged = None
-    if decision:
-
-        def goal_for(floor: str) -> Goal:
-            return make_goal(floor, budget or BUDGET_S, out, has_metric=True)
-
-        graph, lifted, judged = settle(graph, rules, decision, lifted, calibrating, goal_for, on_progress)
+    graph, lifted, judged = settle(graph, rules, decision, lifted, calibrating, budget, out, on_progress)
 
     on_progress("evaluate", 0, None)
     measured = _measured(graph, rules, metric, evaluate, preprocess)

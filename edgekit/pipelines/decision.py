@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -14,7 +15,7 @@ from edgekit.graph.run import Session
 from edgekit.lift import judge_outputs
 from edgekit.lowering.qdq import lower_qdq
 from edgekit.metric import Evaluate
-from edgekit.pipelines.floor import Goal, explain, meet
+from edgekit.pipelines.floor import explain, make_goal, meet
 from edgekit.pipelines.quantize import Calibrating
 from edgekit.pipelines.sources import input_specs
 from edgekit.progress import Progress
@@ -84,19 +85,22 @@ def bound(samples: Arrays, graph: ir.Model) -> BoundData:
 def settle(
     graph: ir.Model,
     rules: Target,
-    decision: Decision,
+    decision: Decision | None,
     lifted: Lifted | None,
     calibrating: Calibrating,
-    goal_for: Callable[[str], Goal],
+    budget_s: float | None,
+    out: Path,
     on_progress: Progress,
-) -> tuple[ir.Model, Lifted | None, ProxyRecord]:
+) -> tuple[ir.Model, Lifted | None, ProxyRecord | None]:
     """Leave layers in float until the simulated model decides as float does; not where that was done for another goal (`lifted`)."""
+    if decision is None:
+        return graph, lifted, None
     on_progress("compare decisions with float", 0, None)
     before = after = decision.judge(graph, rules)
     if lifted is None and before < decision.floor:
         found = explain(graph, rules, calibrating, on_progress)
         if found:
-            goal = goal_for(decision.floor_text)
+            goal = make_goal(decision.floor_text, budget_s or BUDGET_S, out, has_metric=True)
             graph, lifted = meet(graph, rules, goal, found, calibrating, decision.evaluate, on_progress)
             after = decision.judge(graph, rules)
     return graph, lifted, _record(decision, before, after)
