@@ -52,7 +52,7 @@ def low_bits(rounding: Rounding, *, budget: float = FOREVER, layers: tuple[Layer
 
 def compressed(tiny: TinyFiles, out: Path, method: Method) -> ir.Model:
     return load_annotated(
-        edgekit.compress(tiny.model, out, calibration=tiny.data, samples=CALIBRATING, method=method).model
+        edgekit.compress(tiny.model, out, calibration=tiny.data, samples=CALIBRATING, method=method, proxy="none").model
     )
 
 

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import onnx_ir as ir
 
 import edgekit
 from edgekit.data import BoundData, Dataset, Preprocess, open_data
+from edgekit.distribution import LayerDistributions
 from edgekit.errors import DataError
 from edgekit.graph.annotations import annotated_values
 from edgekit.graph.io import save_annotated
@@ -25,7 +27,7 @@ from edgekit.metric import Evaluate, Runner, open_metric
 from edgekit.output import check_folder, replaced_files, sha256, write_text
 from edgekit.pictures import draw, why_none
 from edgekit.pipelines.decision import bound, decision_notes, open_decision, settle
-from edgekit.pipelines.floor import changed_answer, lift_notes, look_at_worst, make_goal, meet
+from edgekit.pipelines.floor import Goal, changed_answer, lift_notes, look_at_worst, make_goal, meet
 from edgekit.pipelines.floor import explain as measure_layers
 from edgekit.pipelines.quantize import Calibrating, quantize
 from edgekit.pipelines.search import find_method, forget, make_plan, search_notes
@@ -40,8 +42,8 @@ from edgekit.pipelines.sources import (
 )
 from edgekit.pipelines.split import Arrays, calibrating_samples, first_batch, held_back, save_arrays
 from edgekit.progress import Progress, silent
-from edgekit.proxy import AUTO
-from edgekit.records import COMPRESSED, HELD_BACK, MODEL, Compressed, LayerRecord, Source, versions
+from edgekit.proxy import AUTO, NONE
+from edgekit.records import COMPRESSED, HELD_BACK, MODEL, Compressed, LayerRecord, LayerSensitivity, Source, versions
 from edgekit.report import write_report
 from edgekit.target import PORTABLE, Target, load_target
 
@@ -59,6 +61,18 @@ class CompressResult:
 
     model: Path
     record: Compressed
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """The float graph in canonical form, where it came from, and the samples: to calibrate with, and held back."""
+
+    graph: ir.Model
+    origin: Source
+    data: BoundData
+    calibrating: Calibrating
+    verifying: Arrays
+    remarks: tuple[str, ...]
 
 
 def compress(
@@ -113,56 +127,74 @@ def compress(
     out, rules = Path(out), load_target(target)
     check_operators(rules)
     check_folder(out, marker=COMPRESSED, what="an edgekit output folder")
-    plan = make_plan(out, search=search, seed=seed, time_budget=time_budget, max_drop=max_drop)
+    judged = evaluate is None and proxy != NONE
+    plan = make_plan(out, search=search, seed=seed, time_budget=time_budget, max_drop=max_drop, judged=judged)
     budget = plan.budget_s if plan else time_budget
     goal = None if max_drop is None else make_goal(str(max_drop), budget, out, has_metric=evaluate is not None)
-    made_up = isinstance(calibration, str) and calibration == SYNTHETIC
-    if made_up:
-        calibration = synthetic_samples(source, factory=model, trust=trust_checkpoint, input_shape=input_shape)
-    dataset = _open(calibration, preprocess, samples)
-    on_progress("load the source", 0, None)
-    graph, origin = load_source(source, dataset, factory=model, trust=trust_checkpoint, opset=rules.graph.opset)
-    data = dataset.bind(input_specs(graph))
-    metric = None if evaluate is None else open_metric(evaluate, data.inputs, preprocess=preprocess)
-    graph = _canonical(graph, data, rules, on_progress)
-    calibrating = Calibrating(data, calibrating_samples(data, samples), on_progress)
-    verifying, remark = held_back(data, calibrating.stop)
+    loaded = _load(source, calibration, model, samples, rules, preprocess, trust_checkpoint, input_shape, on_progress)
+    graph, calibrating, verifying = loaded.graph, loaded.calibrating, loaded.verifying
+    metric = None if evaluate is None else open_metric(evaluate, loaded.data.inputs, preprocess=preprocess)
     decision = open_decision(graph, bound(verifying, graph), proxy) if metric is None else None
     method, searched = find_method(graph, rules, method, plan, calibrating, metric, on_progress)
     graph = quantize(graph, rules, method, calibrating)
-    found = measure_layers(graph, rules, calibrating, on_progress) if explain or goal else ()
-    distributions = look_at_worst(graph, rules, found, calibrating) if explain else ()
+    found, distributions = _looked_at(graph, rules, calibrating, explain, goal, on_progress)
     graph, lifted = meet(graph, rules, goal, found, calibrating, metric, on_progress) if goal else (graph, None)
-    graph, lifted, judged = settle(graph, rules, decision, lifted, calibrating, budget, out, on_progress)
+    graph, lifted, decided = settle(graph, rules, decision, lifted, calibrating, budget, out, on_progress)
 
     on_progress("evaluate", 0, None)
     measured = _measured(graph, rules, metric, evaluate, preprocess)
-    remarks = (
-        *decision_notes(judged),
-        *changed_answer(lifted, measured.get("float_metric")),
-        remark,
-        *_remarks(made_up, explain),
-    )
-    notes = (*_notes(graph, rules, calibrating.done, origin), *search_notes(searched), *lift_notes(lifted), *remarks)
+    notes = chain(search_notes(searched), lift_notes(lifted), decision_notes(decided), changed_answer(lifted, measured))
     record = Compressed(
-        **_about(graph, rules, origin, method),
-        samples=calibrating.done,
-        held_back=len(next(iter(verifying.values()))),
+        **_about(graph, rules, loaded, method),
         **measured,
-        proxy=judged,
+        proxy=decided,
         sensitivity=found,
         distributions=distributions,
         lifted=lifted,
         searched=searched,
-        notes=tuple(filter(None, notes)),
+        notes=(
+            *_notes(graph, rules, loaded),
+            *notes,
+            *loaded.remarks,
+            *([why_none()] if explain and why_none() else []),
+        ),
     )
     return _write(out, graph, verifying, record)
 
 
-def _canonical(graph: ir.Model, data: BoundData, rules: Target, on_progress: Progress) -> ir.Model:
+def _load(
+    source: object,
+    calibration: Calibration,
+    factory: str | Callable[[], object] | None,
+    samples: int,
+    rules: Target,
+    preprocess: Preprocess | None,
+    trust: bool,
+    input_shape: str | None,
+    on_progress: Progress,
+) -> _Loaded:
+    made_up = isinstance(calibration, str) and calibration == SYNTHETIC
+    if made_up:
+        calibration = synthetic_samples(source, factory=factory, trust=trust, input_shape=input_shape)
+    dataset = _open(calibration, preprocess, samples)
+    on_progress("load the source", 0, None)
+    graph, origin = load_source(source, dataset, factory=factory, trust=trust, opset=rules.graph.opset)
+    data = dataset.bind(input_specs(graph))
     on_progress("bring it into canonical form", 0, None)
     examples = first_batch(data, EXAMPLES)
-    return rewrite(canonicalize(graph, examples, opset=rules.graph.opset), examples)
+    graph = rewrite(canonicalize(graph, examples, opset=rules.graph.opset), examples)
+    calibrating = Calibrating(data, calibrating_samples(data, samples), on_progress)
+    verifying, remark = held_back(data, calibrating.stop)
+    remarks = tuple(filter(None, (remark, MADE_UP if made_up else "")))
+    return _Loaded(graph, origin, data, calibrating, verifying, remarks)
+
+
+def _looked_at(
+    graph: ir.Model, rules: Target, calibrating: Calibrating, explain: bool, goal: Goal | None, on_progress: Progress
+) -> tuple[tuple[LayerSensitivity, ...], tuple[LayerDistributions, ...]]:
+    """What each layer costs, where somebody wants to know; and what the worst ones read, for `--explain`."""
+    found = measure_layers(graph, rules, calibrating, on_progress) if explain or goal else ()
+    return found, look_at_worst(graph, rules, found, calibrating) if explain else ()
 
 
 def _open(calibration: Calibration, preprocess: Preprocess | None, samples: int) -> Dataset:
@@ -196,12 +228,14 @@ def _layer(layer: Layer) -> LayerRecord:
     )
 
 
-def _about(graph: ir.Model, rules: Target, origin: Source, method: Method) -> dict[str, Any]:
+def _about(graph: ir.Model, rules: Target, loaded: _Loaded, method: Method) -> dict[str, Any]:
     """What the record says of the graph, and of how it came to be."""
     return {
         "edgekit": edgekit.__version__,
         "versions": versions("onnx", "onnx-ir", "onnxruntime", "onnxscript", "torch", "numpy"),
-        "source": origin,
+        "source": loaded.origin,
+        "samples": loaded.calibrating.done,
+        "held_back": len(next(iter(loaded.verifying.values()))),
         "target": rules.name,
         "method": method,
         "layers": tuple(map(_layer, layers(graph))),
@@ -251,12 +285,8 @@ def _stays_float(graph: ir.Model, rules: Target) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def _remarks(made_up: bool, explain: bool) -> tuple[str, str]:
-    """What to say of the options."""
-    return MADE_UP if made_up else "", why_none() if explain else ""
-
-
-def _notes(graph: ir.Model, rules: Target, split: int, origin: Source) -> Iterator[str]:
+def _notes(graph: ir.Model, rules: Target, loaded: _Loaded) -> Iterator[str]:
+    split, origin = loaded.calibrating.done, loaded.origin
     if not annotated_values(graph.graph):
         yield f"nothing is quantized: {origin.name} has no operator that target {rules.name!r} quantizes ({', '.join(LINEAR)})"
     if not split and annotated_values(graph.graph):

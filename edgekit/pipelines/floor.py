@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -24,7 +25,7 @@ from edgekit.output import write_text
 from edgekit.pipelines.quantize import Calibrating
 from edgekit.pipelines.split import Arrays
 from edgekit.progress import Progress
-from edgekit.records import LayerSensitivity, Lifted, LiftState, Metric, read_record
+from edgekit.records import LayerSensitivity, Lifted, LiftState, read_record
 from edgekit.sensitivity import rank, sensitivity
 from edgekit.target import Target
 
@@ -176,9 +177,9 @@ def lift_notes(lifted: Lifted | None) -> Iterator[str]:
     yield f"the floor {lifted.floor} {outcome} {kept}: {numbers}{more}"
 
 
-def changed_answer(lifted: Lifted | None, again: Metric | None) -> Iterator[str]:
-    """Whether the metric of the float model was another one when the search for a floor began."""
-    before = None if lifted is None else lifted.float_value
+def changed_answer(lifted: Lifted | None, measured: Mapping[str, Any]) -> Iterator[str]:
+    """Whether the metric of the float model, `float_metric` of what was measured, was another one when the search for a floor began."""
+    before, again = None if lifted is None else lifted.float_value, measured.get("float_metric")
     if before is not None and again is not None and not math.isclose(before, again.value, rel_tol=1e-6):
         yield (
             f"--evaluate {again.name} gave {before:.6g} and then {again.value:.6g} for the same float model, so what was found with it "

@@ -60,7 +60,7 @@ class Plan:
 
 
 def make_plan(
-    out: Path, *, search: bool, seed: int, time_budget: float | None, max_drop: str | float | None
+    out: Path, *, search: bool, seed: int, time_budget: float | None, max_drop: str | float | None, judged: bool
 ) -> Plan | None:
     """What `--search` asks for; an interrupted search is remembered beside `out`. With `max_drop`, half the time is for that.
 
@@ -72,7 +72,7 @@ def make_plan(
             raise DataError(
                 f"--seed {seed} is the order in which --search tries methods, and there is no search: give --search too"
             )
-        if time_budget is not None and max_drop is None:
+        if time_budget is not None and max_drop is None and not judged:
             raise DataError(
                 f"--time-budget {time_budget:g} is for a search, and there is none: give --search or --max-drop too"
             )
