@@ -345,7 +345,9 @@ def test_the_command_line_and_the_recipe_reach_it(tiny: TinyFiles, tmp_path: Pat
     assert sha(tmp_path / "flags" / "model.onnx") == sha(tmp_path / "out" / "model.onnx")
 
 
-@pytest.mark.parametrize(("given", "word"), [({"seed": 1}, "--seed 1"), ({"time_budget": 60.0}, "--time-budget 60")])
+@pytest.mark.parametrize(
+    ("given", "word"), [({"seed": 1}, "--seed 1"), ({"time_budget": 60.0, "proxy": "none"}, "--time-budget 60")]
+)
 def test_options_of_a_search_without_one_are_refused(
     given: dict[str, Any], word: str, tiny: TinyFiles, tmp_path: Path
 ) -> None:
