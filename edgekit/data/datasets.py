@@ -9,6 +9,8 @@ by batch, `.npy` files stay on disk; only an `.npz` is loaded whole.
 from __future__ import annotations
 
 import inspect
+import lzma
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,6 +39,11 @@ from edgekit.data.samples import (
 from edgekit.data.streams import StreamData
 from edgekit.errors import DataError
 from edgekit.reference import resolve_reference
+
+MAX_UNPACKED = 2**30
+"""Bytes that any .npz may hold when unpacked."""
+MAX_RATIO = 100
+"""A larger .npz is refused before it is unpacked, where it holds more than this many times its own size: a zip bomb."""
 
 KINDS = "an .npz or .npy file, a folder or .zip of images, or module:function"
 
@@ -149,9 +156,11 @@ def example_arrays(dataset: Dataset, count: int) -> dict[str, Array] | tuple[Arr
 def _open_arrays(path: Path, seed: int) -> ArrayData:
     try:
         if path.suffix.lower() == ".npy":
-            return ArrayData(str(path), (np.lib.format.open_memmap(path, mode="r"),), seed)
+            with np.errstate(over="ignore"):  # of a shape that no array can have, which is an error by itself
+                return ArrayData(str(path), (np.lib.format.open_memmap(path, mode="r"),), seed)
         if path.suffix.lower() == ".npz":
             with zipfile.ZipFile(path) as archive:
+                _check_unpacked(archive, path)
                 members = {member.removesuffix(".npy"): member for member in archive.namelist()}
                 arrays = {name: _npz_member(archive, member) for name, member in members.items()}
             return ArrayData(str(path), arrays, seed)
@@ -159,11 +168,27 @@ def _open_arrays(path: Path, seed: int) -> ArrayData:
         raise DataError(
             f"{path}: does not fit in memory; give a .npy file, or a function that yields batches"
         ) from error
-    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+    except _UNREADABLE as error:
         raise DataError(
             f"{path}: cannot be read ({error}); write it with numpy.savez or numpy.save, plain numbers only"
         ) from error
     raise DataError(f"{path}: unknown kind of data; expected {KINDS}")
+
+
+_UNREADABLE = (
+    *(OSError, ValueError, EOFError, RuntimeError, TypeError, KeyError, SyntaxError, tokenize.TokenError),
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+)
+"""What numpy and zipfile raise on damaged files."""
+
+
+def _check_unpacked(archive: zipfile.ZipFile, path: Path) -> None:
+    size = sum(member.file_size for member in archive.infolist())  # zipfile unpacks no more than it says here
+    if size > max(MAX_UNPACKED, MAX_RATIO * path.stat().st_size):
+        raise DataError(
+            f"{path}: unpacks to {size:,} bytes, more than {MAX_RATIO} times its own size; where that is what you want, "
+            "give a .npy file, which stays on disk, or an .npz that is not compressed"
+        )
 
 
 def _npz_member(archive: zipfile.ZipFile, member: str) -> Array:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import lzma
+import struct
 import zipfile
 import zlib
 from collections import Counter
@@ -151,7 +153,7 @@ def open_images(path: Path) -> ImageFiles:
         found = ", ".join(f"{count} with {ending}" for ending, count in endings.most_common(3)) or "no files at all"
         raise DataError(f"{path}: holds no images ({found}); expected files with {', '.join(FORMATS)}")
     classes = _classes(names, path)
-    numbers = all(name.isdecimal() for name in classes)
+    numbers = all(name.isdecimal() and len(name) < 1000 for name in classes)  # Python refuses to read longer ones
     class_names = tuple(sorted(set(classes), key=int if numbers else None))
     number = {name: label for label, name in enumerate(class_names)}
     labels = np.asarray([number[name] for name in classes], np.int64) if classes else None
@@ -195,7 +197,7 @@ def _zip(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
         archive = zipfile.ZipFile(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, ValueError, RuntimeError, struct.error) as error:
         raise DataError(f"{path}: is not a zip file, or damaged ({error}); make it anew") from error
 
     def read(name: str) -> bytes:
@@ -205,10 +207,17 @@ def _zip(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
             raise DataError(f"{path}: image {name!r} is encrypted; make the zip without a password")
         try:
             return archive.read(member)  # never more than file_size bytes
-        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError) as error:
+        except _BROKEN_MEMBER as error:
             raise DataError(f"{path}: image {name!r} cannot be unpacked ({error}); make the zip anew") from error
 
     return [member.filename for member in archive.infolist() if not member.is_dir()], read
+
+
+_BROKEN_MEMBER = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
+    *(OSError, EOFError, RuntimeError, ValueError),
+)
+"""What zipfile raises where it cannot unpack something; NotImplementedError is a RuntimeError."""
 
 
 def _check_bytes(size: int, name: str) -> None:
@@ -227,9 +236,13 @@ def _decode(data: bytes, name: str, preprocess: Preprocess) -> Image:
         if image.mode.startswith(("I", "F")):
             raise DataError(f"{name} has more than 8 bits a channel ({image.mode}); save it with 8")
         return image.convert("L" if preprocess.channels == "L" else "RGB")
+    except DataError:
+        raise
     except bombs as error:
         raise DataError(f"{name} has far too many pixels; {_TOO_LARGE}") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except PIL.UnidentifiedImageError as error:
+        raise DataError(f"{name} cannot be decoded (no image of a known format); repair or remove it") from error
+    except Exception as error:  # on damaged bytes, Pillow's decoders raise whatever comes
         raise DataError(f"{name} cannot be decoded ({error or type(error).__name__}); repair or remove it") from error
 
 
@@ -242,6 +255,11 @@ def _fit(image: Image, name: str, preprocess: Preprocess) -> Image:
 
     if preprocess.size is not None:
         height, width = _resized(image.height, image.width, preprocess.size)
+        if height * width > MAX_PIXELS:
+            raise DataError(
+                f"{name} is {image.height} x {image.width} pixels (height x width), which [data.preprocess] resizes to "
+                f"{height:,} x {width:,}; at most {MAX_PIXELS:,} in all are made: remove it, or set size = [height, width]"
+            )
         image = image.resize((width, height), PIL.Image.Resampling[preprocess.resample.upper()])
     if preprocess.crop is not None:
         crop = preprocess.crop

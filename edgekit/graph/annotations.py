@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -157,8 +158,12 @@ def describe(params: QuantParams) -> str:
 def described(
     description: str, *, dtype: str, scale: NDArray[np.generic], zero_point: NDArray[np.generic], axis: int | None
 ) -> QuantParams:
-    """The grid that a file states, with what `describe` wrote; without that it came from another tool, and is fixed."""
-    extra = json.loads(description) if description else {}
+    """The grid that a file states, with what `describe` wrote; without that it came from another tool, and is fixed.
+
+    Raises:
+        GraphError: the description is not what `describe` writes.
+    """
+    extra = _extra(description)
     low, high = extra.get("range", (float("nan"), float("nan")))
     return QuantParams(
         dtype=extra.get("dtype", dtype),
@@ -172,6 +177,33 @@ def described(
         fixed=extra.get("fixed", not extra),
         block_size=extra.get("block_size", 0),
     )
+
+
+_KINDS: dict[str, type] = {
+    "dtype": str,
+    "axis": int,
+    "narrow_range": bool,
+    "observer": str,
+    "range": list,
+    "fixed": bool,
+    "block_size": int,
+}
+
+
+def _extra(description: str) -> dict[str, Any]:
+    try:
+        extra = json.loads(description or "{}")
+    except (ValueError, RecursionError):
+        extra = None
+    fits = isinstance(extra, dict) and all(isinstance(extra[key], _KINDS[key]) for key in extra.keys() & _KINDS)
+    if fits and "range" in extra:
+        fits = [type(end) for end in extra["range"]] == [float, float]
+    if not fits or extra.get("dtype", "uint8") not in INTEGER_RANGES or extra.get("block_size", 0) < 0:
+        raise GraphError(
+            f"the metadata {METADATA!r} of a tensor or node is {description[:80]!r}, not what edgekit writes: the file is "
+            "damaged, compress the model again"
+        )
+    return dict(extra)
 
 
 def _read(graph: ir.Graph, value: ir.Value, names: dict[str, str], description: str) -> QuantParams:

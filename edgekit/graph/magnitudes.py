@@ -63,7 +63,7 @@ def _largest(
     session = Session(with_outputs(model, set(computed)), optimize=False)
     largest = dict.fromkeys(names, 0.0)
     for feeds in batches:
-        made = session.run(feeds, outputs=computed)
+        made = session.run(feeds, outputs=computed) if computed else {}  # ONNX Runtime takes none for all
         for name in names:
             largest[name] = max(largest[name], _magnitude(made.pop(name) if name in made else feeds[name]))
     return largest

@@ -28,7 +28,7 @@ def upgrade_opset(model: ir.Model, *, opset: int) -> ir.Model:
 
     Raises:
         SourceError: the source is older than opset 7.
-        GraphError: the converter has no rule for a node.
+        GraphError: the converter has no rule for a node, or a wrong one.
     """
     found = model.opset_imports.get("", opset)
     if found < OLDEST:
@@ -37,6 +37,7 @@ def upgrade_opset(model: ir.Model, *, opset: int) -> ir.Model:
     if found >= opset:
         return model
     common.InlinePass()(model)
+    _check_scans(model.graph, found)
     metadata = {node.outputs[0].name: dict(node.metadata_props) for node in model.graph if node.outputs}
     grids = {value.name: get_params(value) for value in annotated_values(model.graph)}
     resampled = {node.outputs[0].name for node in model.graph if found <= 10 and node.op_type in ("Upsample", "Resize")}
@@ -64,6 +65,16 @@ def upgrade_opset(model: ir.Model, *, opset: int) -> ir.Model:
             )
             node.attributes["nearest_mode"] = ir.AttrString("nearest_mode", "floor")
     return upgraded
+
+
+def _check_scans(graph: ir.Graph, opset: int) -> None:
+    """Scan of opset 8 counts samples along axis 0 and may be told their lengths; the converter takes it for the later one."""
+    scan = next((node for node in graph.all_nodes() if opset < 9 and node.op_type == "Scan"), None)
+    if scan is not None:
+        raise GraphError(
+            f"node {scan.name or scan.outputs[0].name!r} is a Scan of opset {opset}, which nothing can upgrade; "
+            "export the model with opset 9 or later"
+        )
 
 
 def _take_out_big_tensors(graph: ir.Graph) -> dict[str, ir.TensorProtocol]:

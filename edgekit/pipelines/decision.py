@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from edgekit.data import BoundData, open_data
 from edgekit.errors import GraphError
+from edgekit.graph.rules import quantized_nodes
 from edgekit.graph.run import Session
 from edgekit.lift import judge_outputs
 from edgekit.lowering.qdq import lower_qdq
@@ -31,6 +33,8 @@ FLOOR, FLOOR_DB = 0.98, 20.0
 BUDGET_S = 120.0
 """For looking for layers to leave in float that nobody asked for."""
 BATCH = 8
+RANKED_BY = 8
+"""The most samples that tell which layers hurt: nobody asked for the numbers, only their order counts."""
 SQNR = "SQNR of the outputs (dB)"
 
 
@@ -42,11 +46,13 @@ class Decision:
         proxy: None where outputs are only compared as signals.
         evaluate: the number, higher is better.
         floor: the least that is good enough.
+        samples: how many decide.
     """
 
     proxy: Proxy | None
     evaluate: Evaluate
     floor: float
+    samples: int
 
     @property
     def floor_text(self) -> str:
@@ -70,12 +76,13 @@ def open_decision(graph: ir.Model, samples: BoundData, kind: str = AUTO) -> Deci
     session = Session(graph, optimize=True)
     floats = [session.run(batch) for batch in feeds]
     proxy = choose_proxy(floats, feeds, kind)
+    count = sum(next((len(array) for array in batch.values() if array.ndim), 1) for batch in feeds)
     if proxy is not None:
-        return Decision(proxy, open_proxy(proxy, feeds, floats), FLOOR)
+        return Decision(proxy, open_proxy(proxy, feeds, floats), FLOOR, count)
     if not any(array.dtype.kind == "f" for array in floats[0].values()):
         return None
     judge = judge_outputs(graph, feeds, cosine=False)
-    return Decision(None, lambda run: Metric(name=SQNR, value=judge(run)), FLOOR_DB)
+    return Decision(None, lambda run: Metric(name=SQNR, value=judge(run)), FLOOR_DB, count)
 
 
 def bound(samples: Arrays, graph: ir.Model) -> BoundData:
@@ -97,17 +104,26 @@ def settle(
     if decision is None:
         return graph, lifted, None
     on_progress("compare decisions with float", 0, None)
+    begin, budget_s = time.monotonic(), budget_s or BUDGET_S
     try:
         before = after = decision.judge(graph, rules)
     except GraphError:  # grids that came with the source and that these rules cannot express: an export for others may
         return graph, lifted, None
     if lifted is None and before < decision.floor:
-        found = explain(graph, rules, calibrating, on_progress)
+        samples = _affordable(graph, rules, (time.monotonic() - begin) / decision.samples, budget_s)
+        found = explain(graph, rules, calibrating, on_progress, samples=samples)
         if found:
-            goal = make_goal(decision.floor_text, budget_s or BUDGET_S, out, has_metric=True)
+            left = max(budget_s - (time.monotonic() - begin), budget_s / 4)
+            goal = make_goal(decision.floor_text, left, out, has_metric=True)
             graph, lifted = meet(graph, rules, goal, found, calibrating, decision.evaluate, on_progress)
             after = decision.judge(graph, rules)
     return graph, lifted, _record(decision, before, after)
+
+
+def _affordable(graph: ir.Model, rules: Target, sample_s: float, budget_s: float) -> int:
+    """How many samples may tell which layers hurt, in half the time: each layer runs on average half the graph on each."""
+    cost = len(quantized_nodes(graph, rules)) * sample_s / 2
+    return max(1, min(RANKED_BY, int(budget_s / 2 / max(cost, 1e-9))))
 
 
 def _record(decision: Decision, before: float, after: float) -> ProxyRecord:

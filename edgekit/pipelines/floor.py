@@ -23,7 +23,7 @@ from edgekit.lift import keep_float, lift, parse_floor
 from edgekit.metric import Evaluate
 from edgekit.output import write_text
 from edgekit.pipelines.quantize import Calibrating
-from edgekit.pipelines.split import Arrays
+from edgekit.pipelines.split import BATCH_SIZE, Arrays
 from edgekit.progress import Progress
 from edgekit.records import LayerSensitivity, Lifted, LiftState, read_record
 from edgekit.sensitivity import rank, sensitivity
@@ -66,10 +66,10 @@ def make_goal(max_drop: str, budget_s: float | None, out: Path, *, has_metric: b
 
 
 def explain(
-    graph: ir.Model, rules: Target, batches: Calibrating, on_progress: Progress
+    graph: ir.Model, rules: Target, batches: Calibrating, on_progress: Progress, *, samples: int = SAMPLES
 ) -> tuple[LayerSensitivity, ...]:
-    """What quantizing each layer alone does."""
-    return tuple(sensitivity(graph, rules, _feeds(batches), on_progress=on_progress))
+    """What quantizing each layer alone does, on the first `samples`."""
+    return tuple(sensitivity(graph, rules, _feeds(batches, samples), on_progress=on_progress))
 
 
 def look_at_worst(
@@ -152,8 +152,9 @@ def _remembered(path: Path) -> LiftState | None:
         return None
 
 
-def _feeds(batches: Calibrating) -> list[Arrays]:
-    return [batch.feeds for batch in _first(batches.named("take samples"))]
+def _feeds(batches: Calibrating, samples: int = SAMPLES) -> list[Arrays]:
+    stop = min(samples, batches.stop)
+    return [batch.feeds for batch in batches.data.batches(min(samples, BATCH_SIZE), 0, stop)]
 
 
 def _first(batches: Calibrating) -> Iterator[Batch]:
