@@ -203,6 +203,8 @@ def _alone(
 def _beside(model: ir.Model, lowered: ir.Model, segment: Sequence[ir.Node], live: Sequence[str]) -> ir.Model:
     """The float graph and, beside each node of a segment, its copy on codes. Outputs: the copy's error, the node's energy, `live`."""
     model = model.clone()
+    model.opset_imports.update(lowered.opset_imports)  # lowering raises it where the codes need that
+    model.ir_version = lowered.ir_version
     graph = model.graph
     plain, on_codes = _by_name(graph), _by_name(lowered.graph)
     outputs = [plain[name] for name in live]

@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
+import edgekit
 from edgekit.errors import GraphError, OutputError, SourceError
 from edgekit.graph import io
 from edgekit.graph.equal import FREE_DIMENSION, difference, prove_equal, random_feeds
@@ -236,3 +237,22 @@ def test_inputs_without_random_numbers_are_named(dtype: int, shape: list[int] | 
     b.inputs.append(helper.make_tensor_value_info("text", dtype, shape))
     with pytest.raises(GraphError, match="input 'text'"):
         random_feeds(b.model().graph.inputs)
+
+
+@pytest.mark.parametrize("batch", [-1, "?"])
+def test_sizes_that_are_written_as_unknown_are_open_and_not_all_the_same(batch: int | str, tmp_path: Path) -> None:
+    build = GraphBuilder(opset=17)
+    x = build.input("x", [batch, 3, "?", "?"])
+    proto = build.proto(build.op("GlobalAveragePool", [build.conv(x, "a", 3, 4)], "mean"))
+    dims = proto.graph.input[0].type.tensor_type.shape.dim
+    if batch == -1:
+        dims[0].dim_value = -1
+    onnx.save(proto, tmp_path / "net.onnx")
+    shape = load_onnx(tmp_path / "net.onnx").graph.inputs[0].shape
+    assert shape is not None
+    assert [dim if isinstance(dim, int) else dim.value for dim in shape] == [None, 3, None, None]
+    data = {"x": normal(24, 3, 8, 12)}
+    record = edgekit.compress(tmp_path / "net.onnx", tmp_path / "out", calibration=data).record
+    assert record.samples == 21
+    [result] = edgekit.export(tmp_path / "out", "x86-onnxruntime")
+    assert result.manifest.proof.agrees is True

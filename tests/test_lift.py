@@ -2,21 +2,25 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
+import edgekit
 from edgekit.errors import DataError
 from edgekit.graph.annotations import annotated_values, get_params, set_params
+from edgekit.graph.io import save_onnx
 from edgekit.lift import Floor, keep_float, lift, parse_floor
 from edgekit.lowering.qdq import lower_qdq
+from edgekit.method import Method
 from edgekit.metric import Evaluate, Runner
 from edgekit.records import LiftState, Metric
 from edgekit.sensitivity import Fidelity
 from edgekit.target import load_target
 from graphs import Array
-from networks import annotate, residual_net, samples, simulate, text
+from networks import annotate, residual_net, samples, simulate, text, token_net
 
 PORTABLE = load_target("portable")
 LAYERS = ("stem", "a1", "a2", "b1", "b2", "c1", "c2", "c.short", "head")
@@ -230,3 +234,30 @@ def test_progress_says_what_a_trial_found(model: ir.Model, batches: list[dict[st
     assert [done for _, done, _ in told] == list(range(1, len(told) + 1))
     assert all(total is not None and total >= done for _, done, total in told)
     assert told[0][0].endswith("with 0 layers in float, 25 wanted")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Method(weights="int4", block_size=16, activations="none"),
+        Method(weights="int2", activations="none"),
+        Method(activations="dynamic"),
+    ],
+    ids=["int4", "int2", "dynamic"],
+)
+def test_layers_of_every_kind_are_lifted_for_every_later_use(method: Method, tmp_path: Path) -> None:
+    model = token_net()
+    save_onnx(model, tmp_path / "net.onnx")
+    data = samples(model, 48)
+    record = edgekit.compress(
+        tmp_path / "net.onnx",
+        tmp_path / "out",
+        calibration=data,
+        method=method,
+        max_drop="100dB",
+        time_budget=60,
+        explain=True,
+    ).record
+    assert record.lifted is not None and record.proxy is not None
+    assert len(record.sensitivity) == len(record.lifted.lifted) == 3
+    assert record.proxy.after > 100

@@ -43,11 +43,15 @@ def load_onnx(path: Path) -> ir.Model:
         raise _unreadable(path, error) from error
     if not len(proto.graph.node) and not len(proto.graph.output):
         raise SourceError(f"{path}: holds no ONNX graph (no nodes, no outputs); give an ONNX model")
+    for value in proto.graph.input:
+        if value.type.HasField("tensor_type") and not value.type.tensor_type.elem_type:
+            raise SourceError(f"{path}: input {value.name!r} has no element type; export the model again")
     _check_messages(path, proto)
     _check_graph(path, proto.graph, frozenset())
     for function in proto.functions:
         _check_graph(path, function, frozenset())
     _check_functions(path, proto)
+    _free_dimensions(proto.graph)
     try:
         model = ir.from_proto(proto)
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, ir.serde.SerdeError) as error:
@@ -111,6 +115,14 @@ def fits_protobuf(model: ir.Model) -> bool:
 def self_contained(model: ir.Model) -> ir.Model:
     """A copy with all weights in memory: a reference to an external file holds only beside that file."""
     return external_data.load_to_model(model.clone())
+
+
+def _free_dimensions(graph: onnx.GraphProto) -> None:
+    """Dimensions that exporters write as -1 or `?` are unknown: neither a size, nor all the same one."""
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_value < 0 or dim.dim_param in ("?", "-1"):
+                dim.Clear()
 
 
 def _unreadable(path: Path, error: Exception) -> SourceError:

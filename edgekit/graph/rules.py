@@ -101,7 +101,7 @@ def embeddings(graph: ir.Graph) -> list[ir.Node]:
 
 def _looks_up(gather: ir.Node) -> bool:
     table = gather.inputs[0]
-    if not is_constant(table) or table is None or table.const_value is None or not is_float(table):
+    if not is_constant(table) or table is None or table.const_value is None or not _has_codes(table):
         return False
     rows_of_table = len(table.const_value.shape) == 2 and gather.attributes.get_int("axis", 0) == 0
     return (
@@ -241,10 +241,15 @@ def _roles_if_ruled(node: ir.Node, target: Target) -> Roles | None:
     if node.domain or target.rule_for(node.op_type) != "quantize":
         return None
     found = roles(node)
-    if found is None or not all(is_float(node.inputs[i]) for i in found.activations):
+    if found is None or not all(_has_codes(node.inputs[i]) for i in found.activations):
         return None
     if node.op_type == "Add":
         left, right = dims(node.inputs[0]), dims(node.inputs[1])
         if left is None or left != right:
             return None
     return found
+
+
+def _has_codes(value: ir.Value | None) -> bool:
+    """Whether a value is a float that QuantizeLinear takes and DequantizeLinear gives: neither knows float64."""
+    return value is not None and is_float(value) and value.dtype != ir.DataType.DOUBLE

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from edgekit.errors import GraphError, TargetError
 from edgekit.graph.annotations import fresh_name, get_params, set_params
 from edgekit.graph.operators import bias_place, dims, int_attribute, roles
-from edgekit.graph.rules import ACTIVATIONS
+from edgekit.graph.rules import ACTIVATIONS, precision
 from edgekit.lowering.dynamic import DynamicWriter, suits
 from edgekit.lowering.grid_writer import GridWriter, numbers
 from edgekit.lowering.writer import node_name, replace_value
@@ -43,7 +43,7 @@ def lower_weights(model: ir.Model, writer: GridWriter, target: Target, keep_floa
     3. A MatMul reads its weight `(K, N)` behind a DequantizeLinear; a Gemm becomes a MatMul and an Add.
     4. So does a Conv, where the target executes the type.
 
-    Layers in `keep_float`, and those without a grid for their weight, stay float. No grid is left on their weights.
+    Layers in `keep_float` or marked to stay float, and those without a grid for their weight, stay float. No grid is left on their weights.
 
     Raises:
         TargetError: the target does not execute a layer's weights; with what it does execute.
@@ -52,7 +52,7 @@ def lower_weights(model: ir.Model, writer: GridWriter, target: Target, keep_floa
     dynamic, stored = DynamicWriter(writer), _Stored(writer, target)
     layers = list(_layers(model.graph))
     for node, weight, params, activations in layers:
-        if node.name in keep_float or params is None:
+        if node.name in keep_float or precision(node) == "float" or params is None:
             continue
         if activations == "dynamic" and target.weights.dynamic == "never" and target.backend:
             raise TargetError(
