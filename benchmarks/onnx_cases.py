@@ -250,10 +250,8 @@ def _is_float(value: onnx.ValueInfoProto) -> bool:
 def _feeds(case: Case, session: ort.InferenceSession, names: Sequence[str]) -> dict[str, Array]:
     if case.inputs is None:  # as onnx's own runner makes them
         shapes = {value.name: [int(size) for size in value.shape] for value in session.get_inputs()}
-        return {
-            name: (np.arange(np.prod(shapes[name]), dtype=np.float32) / np.prod(shapes[name])).reshape(shapes[name])
-            for name in names
-        }
+        sizes = {name: int(np.prod(shapes[name])) for name in names}
+        return {name: (np.arange(sizes[name]) / sizes[name]).astype(np.float32).reshape(shapes[name]) for name in names}
     arrays = list(case.inputs) if isinstance(case.inputs, tuple) else _stored_arrays(case.inputs)
     if any(not isinstance(one, np.ndarray | np.generic) for one in arrays):
         raise NotRunnable("an input is no tensor")

@@ -207,10 +207,10 @@ def _sqnr_db(name: str, a: Sequence[Arrays], reference: Sequence[Arrays]) -> flo
         if x.shape != y.shape:
             return -200.0
         with np.errstate(over="ignore", invalid="ignore"):
-            difference = np.where(x == y, 0.0, x.astype(np.float64) - y.astype(np.float64))
-            finite = np.isfinite(y.astype(np.float64))
-            noise += float(np.sum(difference**2, where=finite | (x != y)))
-            signal += float(np.sum(y.astype(np.float64) ** 2, where=finite))
+            left, right = x.astype(np.float64), y.astype(np.float64)
+            same, finite = (left == right) | (np.isnan(left) & np.isnan(right)), np.isfinite(right)
+            noise += float(np.sum(np.where(same, 0.0, left - right) ** 2, where=finite | ~same))
+            signal += float(np.sum(right**2, where=finite))
     if not np.isfinite(noise):
         return -200.0
     if noise == 0.0:

@@ -100,3 +100,8 @@ def test_a_model_without_a_float32_tensor_has_no_wide_one() -> None:
 def test_what_computes_in_float64_stays_float(tmp_path: Path) -> None:
     [row] = ran(cases()["test_flexattention_double_expanded_ver26+constants"], RUNTIMES[:1], tmp_path / "case")
     assert (row.outcome, row.reason) == (FLOAT, "")
+
+
+def test_nan_where_the_source_has_nan_is_no_disagreement(tmp_path: Path) -> None:
+    found = ran(cases()["test_operator_pow+opset"], RUNTIMES, tmp_path / "case")
+    assert [row.outcome for row in found] == [FLOAT, FLOAT]
