@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -219,7 +220,7 @@ def cells(model: WildModel, row: Mapping[str, Any]) -> list[str]:
         f"{row['mb']:.2f}" if "mb" in row else "",
         "" if row.get("int8") is None else f"{100 * row['int8']:.0f} %",
         f"{row['seconds']:.0f} s" if "seconds" in row else "",
-        about.replace("|", "/"),
+        re.sub(r"\S*/edgekit-\w+/", "", about).replace("|", "/"),
     ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -153,8 +154,9 @@ def _remembered(path: Path) -> LiftState | None:
 
 
 def _feeds(batches: Calibrating, samples: int = SAMPLES) -> list[Arrays]:
-    stop = min(samples, batches.stop)
-    return [batch.feeds for batch in batches.data.batches(min(samples, BATCH_SIZE), 0, stop)]
+    """The first samples; more where the model takes only more at a time."""
+    found = [batch.feeds for batch in batches.data.batches(min(samples, BATCH_SIZE), 0, min(samples, batches.stop))]
+    return found or [batch.feeds for batch in islice(batches.data.batches(BATCH_SIZE, 0, batches.stop), 1)]
 
 
 def _first(batches: Calibrating) -> Iterator[Batch]:
