@@ -55,11 +55,13 @@ class Artifact:
         path: the file to load (`.xml`, `.ort`, `.engine`, `.onnx`).
         files: every file that has to be shipped, `path` among them.
         precision: "int8" for the quantized model, else a float precision of `Backend.float_precisions`.
+        notes: what its user must know, one sentence each.
     """
 
     path: Path
     files: tuple[Path, ...]
     precision: str = "int8"
+    notes: tuple[str, ...] = ()
 
     @property
     def size_bytes(self) -> int:

@@ -14,9 +14,12 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
+import edgekit
+import networks
 from edgekit.backend import Artifact, KernelRecord, get_backend
 from edgekit.errors import BackendError
 from edgekit.graph.annotations import set_params
+from edgekit.graph.io import save_onnx
 from edgekit.graph.run import Session
 from edgekit.lowering.half import to_float16
 from edgekit.quant.spec import QuantParams
@@ -335,3 +338,16 @@ def test_the_builders_table_names_onnx_nodes(tmp_path: Path) -> None:
     assert next(record.precision for record in records if "Conv_y" in record.layers) == "int8"
     assert [record.precision for record in records if record.layers == ("QuantizeLinear_q",)] == ["f32"]
     assert from_build_log((tmp_path / "model.layers.txt").read_text(encoding="utf-8").splitlines()) == records
+
+
+@builds
+def test_a_network_of_any_image_size_is_exported_for_that_of_its_samples(tmp_path: Path) -> None:
+    net = networks.Net(seed=3)
+    x = net.conv_relu(net.input("x", ["n", 3, "h", "w"]), "a", 3, 8)
+    save_onnx(net.model(net.op("GlobalAveragePool", [net.conv(x, "b", 8, 8)], "mean")), tmp_path / "net.onnx")
+    data = {"x": np.random.default_rng(0).normal(0, 1, (24, 3, 16, 20)).astype(np.float32)}
+    edgekit.compress(tmp_path / "net.onnx", tmp_path / "out", calibration=data)
+    [result] = edgekit.export(tmp_path / "out", "cuda-tensorrt")
+    assert any(
+        "the engine takes 'x' in the size of the samples only, Nx3x16x20" in note for note in result.manifest.notes
+    )

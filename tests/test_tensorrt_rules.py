@@ -10,10 +10,11 @@ import onnx_ir as ir
 import pytest
 
 from edgekit.errors import TargetError
+from edgekit.graph.annotations import set_sample_shape
 from edgekit.lowering.half import to_float16
 from edgekit.target import load_target
 from edgekit_tensorrt import TensorRtBackend
-from edgekit_tensorrt.profile import input_ranges
+from edgekit_tensorrt.profile import input_ranges, sizes_of_samples
 from tensorrt_graphs import model_of, qdq, small_conv
 
 BACKEND = TensorRtBackend()
@@ -132,6 +133,22 @@ def test_ranges_of_dynamic_inputs() -> None:
     assert input_ranges(model, options) == {"x": ((1, 3), (4, 3), (8, 3)), "ids": ((1, 16), (4, 64), (8, 128))}
     assert input_ranges(small_conv(), {}) == {"x": ((1, 3, 8, 8), (1, 3, 8, 8), (64, 3, 8, 8))}
     assert input_ranges(small_conv("1"), {}) == {}
+
+
+def test_sizes_that_nobody_gave_are_those_of_the_samples_and_it_is_said() -> None:
+    model = model_of("g (float[N,3,H,W] x, float[1,S] ids, float[N,4] plain) => (float[N,3,H,W] y) { y = Relu(x) }")
+    x, ids, plain = model.graph.inputs
+    for value, shape in ((x, (16, 3, 32, 48)), (ids, (1, 20)), (plain, (16, 4))):
+        set_sample_shape(value, shape)
+    assert input_ranges(model, {"batch": "1,2,4"}) == {
+        "x": ((1, 3, 32, 48), (2, 3, 32, 48), (4, 3, 32, 48)),
+        "ids": ((1, 20), (1, 20), (1, 20)),
+        "plain": ((1, 4), (2, 4), (4, 4)),
+    }
+    first, second = sizes_of_samples(model, {})
+    assert "'x' in the size of the samples only, Nx3x32x48;" in first and '"shape:x" = "MIN,OPT,MAX"' in first
+    assert "'ids' in the size of the samples only, 1x20;" in second
+    assert sizes_of_samples(model, {"shape:x": "", "shape:ids": ""}) == []
 
 
 @pytest.mark.parametrize(

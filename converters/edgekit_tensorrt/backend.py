@@ -21,7 +21,7 @@ from edgekit.target import Target
 from edgekit_tensorrt.build import Reply, Request
 from edgekit_tensorrt.kernels import from_build_log
 from edgekit_tensorrt.package import INSTALL, import_tensorrt, missing_gpu, version_of
-from edgekit_tensorrt.profile import input_ranges
+from edgekit_tensorrt.profile import input_ranges, sizes_of_samples
 from edgekit_tensorrt.rules import broken_rules
 
 ENGINE, LAYERS = "model.engine", "model.layers.txt"
@@ -81,7 +81,9 @@ class TensorRtBackend:
         if reply.error:
             raise BackendError(f"{reply.error} (target {target.name!r}, precision {precision})")
         (out / LAYERS).write_text("".join(f"{line}\n" for line in reply.layers), encoding="utf-8")
-        return Artifact(out / ENGINE, (out / ENGINE,), precision)
+        return Artifact(
+            out / ENGINE, (out / ENGINE,), precision, tuple(sizes_of_samples(graph, target.runtime.options))
+        )
 
     def float_precisions(self, target: Target) -> tuple[str, ...]:
         """Networks are strongly typed: both are builds of a file in that type."""

@@ -9,6 +9,7 @@ from itertools import pairwise
 import onnx_ir as ir
 
 from edgekit.errors import TargetError
+from edgekit.graph.annotations import get_sample_shape
 
 Shape = tuple[int, ...]
 Range = tuple[Shape, Shape, Shape]
@@ -23,8 +24,10 @@ def input_ranges(model: ir.Model, options: Mapping[str, str]) -> dict[str, Range
     `batch = "1,8,64"` is the leading dimension of every input (min, opt, max);
     `"shape:<input>" = "1x3x224x224,8x3x224x224,64x3x512x512"` is a whole input.
 
+    Without the latter, dimensions besides the batch have the size of the samples that the model was compressed with.
+
     Raises:
-        TargetError: an option that does not exist or cannot be read, or a dynamic dimension that none covers.
+        TargetError: an option that does not exist or cannot be read, or a dynamic dimension that neither covers.
     """
     inputs = {value.name or "": value for value in model.graph.inputs if not value.is_initializer()}
     _check_names(options, inputs)
@@ -50,14 +53,41 @@ def _range_of(name: str, value: ir.Value, options: Mapping[str, str], batch: Sha
         return _read_shapes(name, text, dims)
     if None not in dims:
         return None
-    fixed = [dim for dim in dims[1:] if dim is not None]
+    seen = _seen(value, dims)
+    fixed = [dim for dim in seen[1:] if dim is not None]
     if len(fixed) != len(dims) - 1:
         raise TargetError(
             f"input {name!r} has dynamic dimensions besides the batch: {_written(value)}; TensorRT needs their range: set "
             f'[runtime] options "shape:{name}" = "MIN,OPT,MAX" in the target, each written like 1x3x224x224'
         )
-    smallest, usual, largest = ((size, *fixed) for size in batch)
+    sizes = batch if dims[0] is None else (dims[0],) * 3
+    smallest, usual, largest = ((size, *fixed) for size in sizes)
     return smallest, usual, largest
+
+
+def sizes_of_samples(model: ir.Model, options: Mapping[str, str]) -> list[str]:
+    """One sentence for each input whose dimensions the engine has from samples alone."""
+    found = []
+    for value in model.graph.inputs:
+        dims = [dim if isinstance(dim, int) else None for dim in value.shape or ()]
+        if value.is_initializer() or None not in dims[1:] or f"shape:{value.name}" in options:
+            continue
+        seen = "x".join(
+            "N" if index == 0 and dims[0] is None else str(dim) for index, dim in enumerate(_seen(value, dims))
+        )
+        found.append(
+            f"the engine takes {value.name!r} in the size of the samples only, {seen}; for others set [runtime] options "
+            f'"shape:{value.name}" = "MIN,OPT,MAX" in the target'
+        )
+    return found
+
+
+def _seen(value: ir.Value, dims: list[int | None]) -> list[int | None]:
+    """The dimensions, those besides the batch that are dynamic from the shape of samples."""
+    shape = get_sample_shape(value)
+    if shape is None or len(shape) != len(dims):
+        return dims
+    return [dims[0], *(size if dim is None else dim for dim, size in zip(dims[1:], shape[1:], strict=True))]
 
 
 def _batch(text: str | None) -> Shape:

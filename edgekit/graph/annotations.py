@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from edgekit.quant.spec import INTEGER_RANGES, QuantParams, QuantSpec
 
 _PARAMS = "edgekit.params"
 _WISH = "edgekit.wish"
+_SAMPLE_SHAPE = "edgekit.sample_shape"
 METADATA = "edgekit.quant"
 """The metadata key, of values and of Quantize/DequantizeLinear nodes, for what ONNX has no field for: see `describe`."""
 
@@ -54,6 +56,17 @@ def get_wish(value: ir.Value) -> tuple[QuantSpec, int | None] | None:
 def set_wish(value: ir.Value, spec: QuantSpec, axis: int | None) -> None:
     """Say how a value is to be quantized."""
     value.meta[_WISH] = (spec, axis)
+
+
+def set_sample_shape(value: ir.Value, shape: tuple[int, ...]) -> None:
+    """Remember the shape that samples of a graph input have."""
+    value.metadata_props[_SAMPLE_SHAPE] = "x".join(map(str, shape))
+
+
+def get_sample_shape(value: ir.Value) -> tuple[int, ...] | None:
+    """The shape that samples of a graph input had, or None."""
+    text = value.metadata_props.get(_SAMPLE_SHAPE, "")
+    return tuple(int(size) for size in text.split("x")) if re.fullmatch(r"\d+(x\d+)*", text) else None
 
 
 def all_values(graph: ir.Graph) -> Iterator[ir.Value]:

@@ -16,7 +16,7 @@ import edgekit
 from edgekit.data import BoundData, Dataset, Preprocess, open_data
 from edgekit.distribution import LayerDistributions
 from edgekit.errors import DataError
-from edgekit.graph.annotations import annotated_values
+from edgekit.graph.annotations import annotated_values, set_sample_shape
 from edgekit.graph.io import save_annotated
 from edgekit.graph.operators import LINEAR, Layer, layers
 from edgekit.graph.rules import check_operators, quantized_nodes, scaled_across
@@ -183,6 +183,8 @@ def _load(
     on_progress("bring it into canonical form", 0, None)
     examples = first_batch(data, EXAMPLES)
     graph = rewrite(canonicalize(graph, examples, opset=rules.graph.opset), examples)
+    for value in graph.graph.inputs:
+        set_sample_shape(value, examples[value.name or ""].shape)
     calibrating = Calibrating(data, calibrating_samples(data, samples), on_progress)
     verifying, remark = held_back(data, calibrating.stop)
     remarks = tuple(filter(None, (remark, MADE_UP if made_up else "")))

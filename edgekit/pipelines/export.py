@@ -276,7 +276,7 @@ def _lost(judged: Metric | None, decision: Decision | None) -> Iterator[str]:
 
 
 def _notes(job: Job, candidate: Candidate, kept: tuple[str, ...]) -> list[str]:
-    notes, proof, runtime = list(candidate.notes), candidate.proof, job.available.version
+    notes, proof, runtime = [*candidate.artifact.notes, *candidate.notes], candidate.proof, job.available.version
     opset = load_onnx(job.folder / MODEL).opset_imports.get("", 0)
     if opset > job.target.graph.opset:
         notes.append(
