@@ -32,6 +32,7 @@ from ptq_sections import Row, Section, at_least, faster_than_fastest, no_larger
 from scoring import Array, Entry, Feeds, sqnr_db
 from subject import (
     CUDA,
+    EVERY_LAYER,
     GROUPS,
     X86_ONNXRUNTIME,
     X86_OPENVINO,
@@ -77,7 +78,12 @@ def minilm_section(zoo: Path, folder: Path, effort: Effort) -> Section:
     _say("MiniLM: compress, export")
     subject = prepare(
         lambda out: edgekit.compress(
-            checkpoint, out, model=FACTORY, calibration=sentences.calibration, samples=CALIBRATION_SENTENCES
+            checkpoint,
+            out,
+            model=FACTORY,
+            calibration=sentences.calibration,
+            samples=CALIBRATION_SENTENCES,
+            proxy=EVERY_LAYER,
         ),
         folder / "minilm",
         TARGETS,
@@ -107,6 +113,7 @@ def resnet20_section(zoo: Path, folder: Path, effort: Effort) -> Section:
             calibration=zoo / resnet20.TRAIN,
             samples=resnet20.CALIBRATION_IMAGES,
             preprocess=resnet20.PREPROCESS,
+            proxy=EVERY_LAYER,
         ),
         folder / "resnet20",
         TARGETS,
@@ -158,6 +165,7 @@ def low_bits(zoo: Path, folder: Path, effort: Effort) -> Section:
             calibration=sentences.calibration,
             samples=CALIBRATION_SENTENCES,
             method=edgekit.Method(weights="int4", block_size=BLOCK, activations="none"),
+            proxy=EVERY_LAYER,
         ),
         folder / "int4",
         (X86_OPENVINO, X86_ONNXRUNTIME),

@@ -19,6 +19,7 @@ from peers import onnxruntime_quantized, openvino_quantized
 from ptq_sections import Row, Section, faster_by, faster_than_fastest
 from scoring import Array, Entry, Feeds, sqnr_db
 from subject import (
+    EVERY_LAYER,
     GROUPS,
     X86_ONNXRUNTIME,
     X86_OPENVINO,
@@ -65,7 +66,9 @@ def _compared(name: str, model: ir.Model, images: Array, folder: Path, effort: E
     source = folder / "source.onnx"
     save_onnx(model, source)
     subject = prepare(
-        lambda out: edgekit.compress(source, out, calibration={"image": images[:half]}, samples=half),
+        lambda out: edgekit.compress(
+            source, out, calibration={"image": images[:half]}, samples=half, proxy=EVERY_LAYER
+        ),
         folder / "all_int8",
         TARGETS,
     )
