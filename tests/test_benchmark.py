@@ -42,7 +42,10 @@ def test_the_artifact_is_timed_beside_float(exported: Path, plugin: Path) -> Non
 
 def test_slower_than_float_fails_when_asked(exported: Path, plugin: Path, cli: Cli) -> None:
     """The reference evaluator runs a graph with more nodes for longer, so its int8 is slower for certain."""
-    done = cli("benchmark", exported, "--iterations", 3, "--fail-on-slower")
+    for iterations in (3, 30, 100):  # noise widens the interval until nothing is certain
+        done = cli("benchmark", exported, "--iterations", iterations, "--fail-on-slower")
+        if done.code:
+            break
     assert done.code == 9
     assert "report: " in done.stdout, "what was measured is printed all the same"
     assert done.stderr.startswith("edgekit: slower than float32: numpy (0.")
