@@ -136,7 +136,10 @@ _folder = click.argument("folder", metavar="OUT", type=click.Path(path_type=Path
 @click.option("--search", is_flag=True, default=None, help="Try other choices than the defaults below; take the best.")
 @click.option("--seed", type=click.IntRange(0), help="Of the order in which --search tries them.  [default: 0]")
 @click.option(
-    "--time-budget", callback=_seconds, metavar="TIME", help="For looking for a better model: 90s, 10m.  [default: 10m]"
+    "--time-budget",
+    callback=_seconds,
+    metavar="TIME",
+    help="For looking for a better model: 90s, 10m.  [default: 10m; 2m if unasked]",
 )
 @click.option("--explain", is_flag=True, default=None, help="Measure what each layer alone costs; with pictures.")
 @_method_options

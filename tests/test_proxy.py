@@ -243,3 +243,9 @@ def test_a_floor_that_is_not_met_is_said(bad: tuple[Path, Outputs], tmp_path: Pa
     record = edgekit.compress(path, tmp_path / "out", calibration=data, method=PLAIN, max_drop="0dB").record
     assert record.proxy is not None and record.proxy.after < 0.98
     assert any("under 0.98: check the accuracy" in note for note in record.notes)
+
+
+def test_a_proxy_beside_a_metric_is_refused(bad: tuple[Path, Outputs], tmp_path: Path) -> None:
+    path, data = bad
+    with pytest.raises(DataError, match=r"--proxy argmax and --evaluate are both given; .*: drop one of them"):
+        edgekit.compress(path, tmp_path / "out", calibration=data, proxy="argmax", evaluate=lambda run: 1.0)

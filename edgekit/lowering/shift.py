@@ -28,20 +28,21 @@ def shift_one_sided(model: ir.Model, writer: GridWriter, target: Target, keep_fl
 
     Only grids that may be moved, and that lose more than `WORTH_A_NODE` on a symmetric grid. In place.
     """
-    if not target.quantization.activation.symmetric:
+    rules = target.quantization.activation
+    if not rules.symmetric or rules.dtype != "int8":
         return
     chosen = quantized_nodes(model, target, keep_float=keep_float)
     for value in [*model.graph.inputs, *(output for node in model.graph for output in node.outputs)]:
         params = get_params(value)
-        if params is None or _loss(params, target) <= WORTH_A_NODE or on_codes(value, chosen, target):
+        if params is None or _loss(params) <= WORTH_A_NODE or on_codes(value, chosen, target):
             continue
         readers = [use.node for use in value.uses() if use.node in chosen]
         if readers and all(_can_shift(node, chosen[node]) for node in readers):
             _shift(writer, value, params, {node: chosen[node] for node in readers})
 
 
-def _loss(params: QuantParams, target: Target) -> float:
-    """The step of an affine grid as the target would have it, relative to its own step; 0 where it must not change."""
+def _loss(params: QuantParams) -> float:
+    """The step of the symmetric grid in an affine one's place, relative to its own step; 0 where it must not change."""
     low, high = params.low, params.high
     if params.fixed or params.axis is not None or params.dtype != "uint8" or not low < high:
         return 0.0

@@ -128,6 +128,7 @@ def compress(
     check_operators(rules)
     check_folder(out, marker=COMPRESSED, what="an edgekit output folder")
     judged = evaluate is None and proxy != NONE
+    _check_proxy(proxy, evaluate)
     plan = make_plan(out, search=search, seed=seed, time_budget=time_budget, max_drop=max_drop, judged=judged)
     budget = plan.budget_s if plan else time_budget
     goal = None if max_drop is None else make_goal(str(max_drop), budget, out, has_metric=evaluate is not None)
@@ -189,6 +190,13 @@ def _load(
     verifying, remark = held_back(data, calibrating.stop)
     remarks = tuple(filter(None, (remark, MADE_UP if made_up else "")))
     return _Loaded(graph, origin, data, calibrating, verifying, remarks)
+
+
+def _check_proxy(proxy: str, evaluate: object) -> None:
+    if evaluate is not None and proxy not in (AUTO, NONE):
+        raise DataError(
+            f"--proxy {proxy} and --evaluate are both given; the metric decides where there is one: drop one of them"
+        )
 
 
 def _looked_at(

@@ -284,6 +284,10 @@ def _notes(job: Job, candidate: Candidate, kept: tuple[str, ...]) -> list[str]:
         )
     if not job.available.can_run:
         notes.append(missing(job.available))
+    if job.checked != job.target:
+        notes.append(
+            "checked with weights of 7 bits in place of 8, whose products this machine's CPU saturates; the metric is simulated"
+        )
     wide = wide_names(job.model)
     if wide:
         notes.append(f"in float32 around tensors that leave float16's range: {_listed(wide)}")
