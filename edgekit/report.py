@@ -190,6 +190,10 @@ def _compression(compressed: Compressed) -> list[str]:
         f"- edgekit {compressed.edgekit}, "
         + ", ".join(f"{name} {number}" for name, number in compressed.versions.items()),
     ]
+    if compressed.proxy:
+        lines.append(
+            f"- {compressed.proxy.name} with float: {compressed.proxy.after:.4g} in simulated int8, {compressed.proxy.floor:g} wanted"
+        )
     if compressed.float_metric and compressed.simulated_metric:
         lines.append(
             f"- {compressed.float_metric.name}: float {_number(compressed.float_metric)}, simulated int8 "
