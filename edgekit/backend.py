@@ -56,12 +56,14 @@ class Artifact:
         files: every file that has to be shipped, `path` among them.
         precision: "int8" for the quantized model, else a float precision of `Backend.float_precisions`.
         notes: what its user must know, one sentence each.
+        fixed_sizes: it takes the sizes of the calibration samples only, where the model leaves sizes besides the batch open.
     """
 
     path: Path
     files: tuple[Path, ...]
     precision: str = "int8"
     notes: tuple[str, ...] = ()
+    fixed_sizes: bool = False
 
     @property
     def size_bytes(self) -> int:

@@ -93,6 +93,9 @@ METHOD = {
     "equalize": click.option(
         "--equalize/--no-equalize", default=None, help="Cross-layer equalization.  [default: off]"
     ),
+    "dequantize": click.option(
+        "--dequantize", is_flag=True, default=None, help="Give the float model of a SOURCE that is quantized, no more."
+    ),
 }
 """The options of `edgekit.Method`, by its field names."""
 

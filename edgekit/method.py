@@ -64,6 +64,7 @@ class Method(Table):
         bias_correction: take off each bias what quantization adds to the layer's output in the mean.
         smooth: move outliers of activations into weights in front of matrix products (SmoothQuant).
         equalize: even out the channels of consecutive layers (cross-layer equalization).
+        dequantize: take away the grids that the source came with, and choose none: the float model.
         layers: exceptions; a later one wins.
     """
 
@@ -77,6 +78,7 @@ class Method(Table):
     bias_correction: bool = True
     smooth: bool = True
     equalize: bool = False
+    dequantize: bool = False
     layers: tuple[LayerMethod, ...] = ()
 
     def for_layer(self, name: str) -> Method:
@@ -95,6 +97,8 @@ class Method(Table):
     @property
     def summary(self) -> str:
         """The main choices in a few words."""
+        if self.dequantize:
+            return "float"
         weights = f"{self.weights} weights" + (f" in blocks of {self.block_size}" if self.block_size else "")
         if self.activations != "static":
             return f"{weights}, {'dynamic' if self.activations == 'dynamic' else 'float'} activations"

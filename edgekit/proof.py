@@ -59,6 +59,13 @@ def compare(ran: Sequence[Arrays] | None, simulated: Sequence[Arrays], floats: S
         for name in simulated[0]
     )
     scores = next(iter(simulated[0]))
+    changed = [name for name, array in simulated[0].items() if not _same_kind(measured[0][name], array)]
+    if changed:
+        there, here = measured[0][changed[0]], simulated[0][changed[0]]
+        return Proof(
+            agrees=False,
+            reason=f"output {changed[0]!r} is {there.dtype} of {there.ndim} axes, where the model has {here.dtype} of {here.ndim}",
+        )
     proof = Proof(
         samples=sum(_length(batch[scores]) for batch in simulated),
         batch_sizes=tuple(sorted({_length(batch[scores]) for batch in simulated})),
@@ -70,6 +77,10 @@ def compare(ran: Sequence[Arrays] | None, simulated: Sequence[Arrays], floats: S
         return proof
     reason = _disagreement(proof, ran, simulated, floats)
     return proof.model_copy(update={"agrees": not reason, "reason": reason})
+
+
+def _same_kind(a: Array, b: Array) -> bool:
+    return a.dtype == b.dtype and a.ndim == b.ndim
 
 
 def moved_by(simulated: Array, expected: Array, ran: Array) -> Array:

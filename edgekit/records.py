@@ -117,6 +117,7 @@ class Proof(Table):
         reason: why not.
         float_top1, simulation_top1: share of samples with the same arg max as the float model, the simulation; None when the
             first output holds no scores.
+        other_sizes: of the inputs, in the batch of another size than calibration's; empty where no size is open, or none was tried.
         int8_macs_share: of the layers' MACs, the share in int8 kernels; None when the runtime does not tell.
         int8_source: "ran" as the runtime reported it, "planned" as its builder did.
         float_layers: the layers that ran in float.
@@ -125,6 +126,7 @@ class Proof(Table):
     ran_on: str = ""
     batch_sizes: tuple[int, ...] = ()
     samples: int = 0
+    other_sizes: tuple[str, ...] = ()
     agrees: bool | None = None
     reason: str = ""
     outputs: tuple[OutputProof, ...] = ()

@@ -211,6 +211,8 @@ def _export(manifest: Manifest) -> list[str]:
         f"- `{manifest.artifact}` ({manifest.format}, {manifest.artifact_bytes:,} bytes), {ran}; "
         f"{proof.samples} held-back samples in batches of {', '.join(map(str, proof.batch_sizes))}"
     ]
+    if proof.other_sizes:
+        lines.append(f"- checked in another size than calibration's too: {', '.join(proof.other_sizes)}")
     lines += [f"- output `{output.name}`: {_distance(output)}" for output in proof.outputs]
     if proof.float_top1 is not None:
         lines.append(f"- same arg max as float on {100 * proof.float_top1:.1f} % of the samples")

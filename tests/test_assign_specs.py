@@ -7,7 +7,6 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto
 
-from edgekit.errors import GraphError
 from edgekit.graph.annotations import all_values, get_params, get_wish, set_params, set_wish
 from edgekit.graph.operators import is_constant
 from edgekit.graph.rules import quantized_nodes
@@ -246,10 +245,11 @@ def test_a_trained_grid_wins_over_calibrated_ones() -> None:
     )
 
 
-def test_two_trained_grids_that_differ_are_refused_by_name() -> None:
+def test_trained_grids_that_differ_stay_and_others_take_the_widest() -> None:
     other = QuantParams("uint8", np.array(0.2, np.float32), np.array(7), fixed=True)
-    with pytest.raises(GraphError, match="tensors 'A_y' and 'B_y' must be on one grid, but were trained on two"):
-        unify_params(with_ranges(chain(), A_y=FIXED, B_y=other), PORTABLE)
+    found = params(unify_params(with_ranges(chain(), A_y=FIXED, B_y=other), PORTABLE))
+    assert (found["A_y"], found["B_y"]) == (FIXED, other)
+    assert (found["cat_y"], found["max_y"]) == (other, other)
     same = params(unify_params(with_ranges(chain(), A_y=FIXED, B_y=FIXED), PORTABLE))
     assert same["cat_y"] == FIXED
 

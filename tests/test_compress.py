@@ -55,7 +55,7 @@ def test_the_result_is_a_float_graph_with_quant_attributes(tiny: TinyFiles, comp
 def test_the_record_says_what_was_done(tiny: TinyFiles, compressed_once: Path) -> None:
     record = read_compressed(compressed_once)
     assert (record.source.name, record.source.kind, record.source.sha256) == ("tiny.onnx", "onnx", sha256(tiny.model))
-    assert (record.target, record.method.calibrator, record.samples, record.held_back) == ("portable", "kld", 84, 12)
+    assert (record.target, record.method.calibrator, record.samples, record.held_back) == ("portable", "kld", 72, 24)
     assert record.evaluate == str(tiny.data)
     assert record.float_metric is not None
     assert record.simulated_metric is not None
@@ -87,7 +87,7 @@ def test_calibration_does_not_see_what_is_held_back(tiny: TinyFiles, tmp_path: P
 
 @pytest.mark.parametrize(
     ("count", "samples_wished", "calibrate", "verify"),
-    [(1, 512, 1, 1), (2, 512, 1, 1), (20, 512, 18, 2), (20, 5, 5, 15), (200, 100, 100, 64)],
+    [(1, 512, 1, 1), (2, 512, 1, 1), (20, 512, 15, 5), (20, 5, 5, 15), (200, 100, 100, 100), (700, 100, 100, 256)],
 )
 def test_few_samples_are_shared_out(
     tiny: TinyFiles, tmp_path: Path, count: int, samples_wished: int, calibrate: int, verify: int
@@ -104,12 +104,12 @@ def test_few_samples_are_shared_out(
 
 def test_a_function_that_yields_less_than_wished_is_counted(tiny: TinyFiles, tmp_path: Path) -> None:
     record = edgekit.compress(tiny.model, tmp_path, calibration=lambda: [images(7), images(4)]).record
-    assert (record.samples, record.held_back) == (10, 1)
+    assert (record.samples, record.held_back) == (9, 2)
 
 
 @pytest.mark.parametrize(
     ("batch", "count", "calibrate", "verify"),
-    [(1, 10, 9, 1), (4, 4, 4, 4), (4, 7, 4, 4), (4, 30, 24, 4), (100, 100, 100, 100), (100, 250, 100, 100)],
+    [(1, 10, 8, 2), (4, 4, 4, 4), (4, 7, 4, 4), (4, 30, 20, 8), (100, 100, 100, 100), (100, 250, 100, 100)],
 )
 def test_a_static_batch_is_filled_whole(tmp_path: Path, batch: int, count: int, calibrate: int, verify: int) -> None:
     source = save(tiny_network(batch=batch), tmp_path)
@@ -136,9 +136,9 @@ def test_a_model_with_several_inputs(tmp_path: Path) -> None:
     model = two_inputs()
     out = tmp_path / "out"
     record = edgekit.compress(save(model, tmp_path), out, calibration=samples(model, 40)).record
-    assert (record.samples, record.held_back) == (35, 5)
+    assert (record.samples, record.held_back) == (30, 10)
     with np.load(out / "held_back.npz") as archive:
-        assert {name: archive[name].shape for name in archive.files} == {"file": (5, 3, 8, 8), "mask": (5, 1, 8, 8)}
+        assert {name: archive[name].shape for name in archive.files} == {"file": (10, 3, 8, 8), "mask": (10, 1, 8, 8)}
     [result] = edgekit.export(out, ["x86-onnxruntime"])
     assert result.manifest.proof.agrees is True
 
@@ -382,3 +382,15 @@ def test_a_module_in_training_mode_is_left_as_it_was(tmp_path: Path) -> None:
     edgekit.compress(module, tmp_path, calibration={"input": normal(40, 3, 8, 8)})
     assert module.training
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+
+
+def test_of_large_samples_fewer_are_held_back(tmp_path: Path) -> None:
+    """Each has half a mebibyte, of which 32 are kept, and 64 samples at least."""
+    net = Net(seed=3)
+    x = net.op("GlobalAveragePool", [net.conv(net.input("x", ["n", 2, 256, 256]), "conv", 2, 4)], "mean")
+    source = save(net.model(net.op("Flatten", [x], "flat")), tmp_path)
+    record = edgekit.compress(
+        source, tmp_path / "out", calibration=lambda: (np.zeros((1, 2, 256, 256), np.float32) for _ in range(100)),
+        samples=4, method=edgekit.Method(calibrator="minmax"), proxy="none",
+    ).record  # fmt: skip
+    assert (record.samples, record.held_back) == (4, 64)

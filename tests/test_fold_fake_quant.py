@@ -482,10 +482,9 @@ def cast(b: GraphBuilder) -> str:
 
 
 def blocks(b: GraphBuilder) -> str:
-    codes = b.constant("w", np.zeros((4, 4), np.int8))
-    return str(
-        b.op("DequantizeLinear", [codes, b.constant("s", np.ones((2, 4), np.float32))], "dq", axis=0, block_size=2)
-    )
+    grid = [b.constant("s", np.ones((2, 4), np.float32)), b.constant("z", np.zeros((2, 4), np.int8))]
+    codes = b.op("QuantizeLinear", [b.input("x", [4, 4]), *grid], "q", axis=0, block_size=2)
+    return str(b.op("DequantizeLinear", [codes, *grid], "dq", axis=0, block_size=2))
 
 
 @pytest.mark.parametrize(
@@ -495,7 +494,7 @@ def blocks(b: GraphBuilder) -> str:
         (input_codes, "'dq' reads 'x', which the caller makes"),
         (qlinear, r"'multiply' \(QLinearMatMul\) computes on codes"),
         (cast, r"'dq' reads 'not_y', which 'not' \(BitwiseNot\) makes"),
-        (blocks, "'dq'.*in blocks"),
+        (blocks, "'q'.*in blocks; of activations only one grid"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -82,7 +82,11 @@ class TensorRtBackend:
             raise BackendError(f"{reply.error} (target {target.name!r}, precision {precision})")
         (out / LAYERS).write_text("".join(f"{line}\n" for line in reply.layers), encoding="utf-8")
         return Artifact(
-            out / ENGINE, (out / ENGINE,), precision, tuple(sizes_of_samples(graph, target.runtime.options))
+            out / ENGINE,
+            (out / ENGINE,),
+            precision,
+            tuple(sizes_of_samples(graph, target.runtime.options)),
+            fixed_sizes=True,  # also where options give a range: what is tried here need not lie in it
         )
 
     def float_precisions(self, target: Target) -> tuple[str, ...]:

@@ -58,6 +58,14 @@ def set_wish(value: ir.Value, spec: QuantSpec, axis: int | None) -> None:
     value.meta[_WISH] = (spec, axis)
 
 
+def without_params(model: ir.Model) -> ir.Model:
+    """A copy that no value has quant attributes in: the float model."""
+    model = model.clone()
+    for value in all_values(model.graph):
+        set_params(value, None)
+    return model
+
+
 def set_sample_shape(value: ir.Value, shape: tuple[int, ...]) -> None:
     """Remember the shape that samples of a graph input have."""
     value.metadata_props[_SAMPLE_SHAPE] = "x".join(map(str, shape))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from edgekit.graph.annotations import set_wish
+from edgekit.graph.annotations import get_params, set_wish
 from edgekit.graph.operators import Roles, is_constant
 from edgekit.graph.rules import ACTIVATIONS, PRECISION, absorbed_output, embeddings, quantized_nodes, shares_grid
 from edgekit.method import EVERYTHING, Method
@@ -24,7 +24,8 @@ def assign_specs(model: ir.Model, target: Target, method: Method = EVERYTHING) -
     3. Every tensor that shares a grid with a marked one (Concat, pass-through operators).
     4. Tables that are looked up (embeddings), one scale for each row.
 
-    With other than static activations, only constants are marked. A tensor that one layer wants in 16 bits has 16.
+    With other than static activations, only constants are marked; a weight that came in blocks takes no others. A tensor that one
+    layer wants in 16 bits has 16.
     """
     model = model.clone()
     marked: set[ir.Value] = set()
@@ -34,8 +35,12 @@ def assign_specs(model: ir.Model, target: Target, method: Method = EVERYTHING) -
         own = method.for_layer(node.name or "")
         if weight is not None:
             set_wish(weight, *_weight_spec(own.weight_spec(target.quantization.weight.spec), node, parts))
-        if own.activations != "static":
-            node.metadata_props[ACTIVATIONS] = own.activations
+        activations = own.activations
+        given = get_params(weight)
+        if activations == "static" and given is not None and given.block_size:
+            activations = "none"  # the weight came with a grid in blocks, which no integer kernel multiplies
+        if activations != "static":
+            node.metadata_props[ACTIVATIONS] = activations
             continue
         read = [value for i in parts.activations if (value := node.inputs[i]) is not None]
         marked.update(read)

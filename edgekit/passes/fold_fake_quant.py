@@ -234,11 +234,13 @@ def grid(node: ir.Node) -> QuantParams:
         raise GraphError(
             f"node {node.name!r} ({node.op_type}) has codes of type {dtype}; edgekit folds {', '.join(INTEGER_RANGES)}"
         )
-    if int_attribute(node, "block_size", 0):
+    params = _params(node, dtype, scale, zero_point, int_attribute(node, "axis", 1))
+    block_size = int_attribute(node, "block_size", 0)
+    if block_size and (node.op_type == "QuantizeLinear" or not is_constant(node.inputs[0])):
         raise GraphError(
-            f"node {node.name!r} ({node.op_type}) is quantized in blocks; only one grid for a tensor or a channel can be folded"
+            f"node {node.name!r} ({node.op_type}) is quantized in blocks; of activations only one grid for a tensor can be folded"
         )
-    return _params(node, dtype, scale, zero_point, int_attribute(node, "axis", 1))
+    return dataclasses.replace(params, block_size=block_size)
 
 
 def _symbolic_grid(node: ir.Node) -> QuantParams:

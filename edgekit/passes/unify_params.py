@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
-from edgekit.errors import GraphError
 from edgekit.graph.annotations import get_params, get_wish, set_params
 from edgekit.graph.rules import shares_grid
 from edgekit.quant.affine import choose_params
-from edgekit.quant.spec import QuantParams, same_grid
+from edgekit.quant.spec import QuantParams
 from edgekit.target import Target
 
 MOST_UNLIKE = 16.0
@@ -21,10 +21,8 @@ def unify_params(model: ir.Model, target: Target) -> ir.Model:
     A Concat of ranges that differ more than `MOST_UNLIKE` times is left alone: boxes in pixels beside scores would wipe out the scores.
 
     Values that are wished quantized but were not observed (the output of a pass-through operator holds no new numbers) take the
-    grid of their group. A grid that was trained is never moved: where one is in a group, the others join it.
-
-    Raises:
-        GraphError: two trained grids that differ would have to be one.
+    grid of their group. A grid that came with the model is never moved: where one is in a group, the others join it. Where several
+    are that differ, all stay, and lowering lets the operators between them run in float.
     """
     model = model.clone()
     apart = {node for node in model.graph if node.op_type in target.quantization.unify and _keeps_apart(node)}
@@ -80,14 +78,15 @@ def _groups(model: ir.Model, target: Target, apart: set[ir.Node]) -> list[list[i
 
 
 def _trained(group: list[ir.Value]) -> QuantParams | None:
-    fixed = [(value, params) for value in group if (params := get_params(value)) is not None and params.fixed]
-    for value, params in fixed[1:]:
-        if not same_grid(params, fixed[0][1]):
-            raise GraphError(
-                f"tensors {fixed[0][0].name!r} and {value.name!r} must be on one grid, but were trained on two (scale "
-                f"{fixed[0][1].scale} and {params.scale}); share one fake-quantizer between them"
-            )
-    return fixed[0][1] if fixed else None
+    """The grid in a group that came with the model; the widest where there are several, on which the others' numbers fit too."""
+    fixed = [params for value in group if (params := get_params(value)) is not None and params.fixed]
+    return max(fixed, key=_extent) if fixed else None
+
+
+def _extent(params: QuantParams) -> float:
+    """The largest number on a grid of a tensor, in magnitude."""
+    ends = np.array([params.qmin, params.qmax]) - params.zero_point.max()
+    return float(np.abs(ends * params.scale.max()).max())
 
 
 def _union(group: list[ir.Value], known: list[QuantParams], target: Target) -> QuantParams:

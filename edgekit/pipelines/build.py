@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from edgekit.backend import Artifact, Availability, Backend, KernelRecord
 from edgekit.errors import BackendError, GraphError
+from edgekit.graph.contract import check_contract, contract
 from edgekit.graph.io import save_onnx
 from edgekit.graph.operators import layers
 from edgekit.graph.rules import quantized_nodes
@@ -19,6 +20,7 @@ from edgekit.lowering.integer import lower_integer
 from edgekit.lowering.qdq import lower_qdq
 from edgekit.lowering.qoperator import lower_qoperator
 from edgekit.lowering.weight_only import check_format
+from edgekit.pipelines.resized import Resized
 from edgekit.proof import Arrays, compare, int8_share, lost_slices, moved_by, run_batches
 from edgekit.records import MODEL, Proof
 from edgekit.target import Format, Target
@@ -33,7 +35,14 @@ LOWER_FORMAT: dict[Format, Callable[[ir.Model], ir.Model]] = {
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What one export works with; `checked` stands in for `target` where this CPU does not compute what the target's does."""
+    """What one export works with.
+
+    Attributes:
+        checked: stands in for `target` where this CPU does not compute what the target's does.
+        batches, floats: of held-back samples, and what the float model makes of them.
+        resized: the same in another size than calibration's; None where no size is open or the float model takes no other.
+        samples: how many there are.
+    """
 
     model: ir.Model
     target: Target
@@ -44,6 +53,7 @@ class Job:
     folder: Path
     batches: Sequence[Arrays]
     floats: Sequence[Arrays]
+    resized: Resized | None
     samples: int
 
 
@@ -70,6 +80,7 @@ def _build(job: Job, keep_float: frozenset[str]) -> Candidate:
     check_format(job.model, job.format)
     qdq = job.backend.lower(job.model, job.target, keep_float=keep_float)
     lowered = LOWER_FORMAT[job.format](qdq)
+    check_contract(contract(job.model), lowered)
     broken = job.backend.check(lowered, job.target)
     if broken and not job.available.can_check:
         raise GraphError(f"target {job.target.name!r}: the graph breaks rules of its runtime: {'; '.join(broken)}")
@@ -77,15 +88,16 @@ def _build(job: Job, keep_float: frozenset[str]) -> Candidate:
     artifact = job.backend.convert(job.folder / MODEL, job.target, job.folder, precision="int8")
     # What runs is held against edgekit's own lowering, not against what the backend made of it.
     reference = lower_qdq(job.model, job.target, keep_float=keep_float) if job.available.can_check else qdq
-    simulated = run_batches(Session(reference, optimize=False).run, job.batches)
+    batches = [*job.batches, *([job.resized.feeds] if job.resized and not artifact.fixed_sizes else [])]
+    simulated = run_batches(Session(reference, optimize=False).run, batches)
     ran: Sequence[Arrays] | None = None
     kernels = job.backend.planned_kernels(artifact)
     if job.available.can_check and job.checked == job.target:
-        ran, kernels = _run(job, artifact)
+        ran, kernels = _run(job, artifact, batches)
     elif job.available.can_check:
-        ran, kernels = _run_stand_in(job, keep_float, simulated)
+        ran, kernels = _run_stand_in(job, keep_float, batches, simulated)
     share, float_layers = int8_share(layers(job.model), kernels)
-    proof = compare(ran, simulated, job.floats).model_copy(
+    proof = _compare(job, ran, simulated).model_copy(
         update={
             "ran_on": job.available.version if ran is not None else "",
             "samples": job.samples,
@@ -95,26 +107,40 @@ def _build(job: Job, keep_float: frozenset[str]) -> Candidate:
             "float_layers": float_layers,
         }
     )
-    return Candidate(artifact, proof, (*broken, *lost_slices(simulated, job.floats)))
+    return Candidate(artifact, proof, (*broken, *lost_slices(simulated[: len(job.batches)], job.floats)))
 
 
-def _run(job: Job, artifact: Artifact) -> tuple[Sequence[Arrays], Sequence[KernelRecord]]:
+def _compare(job: Job, ran: Sequence[Arrays] | None, simulated: Sequence[Arrays]) -> Proof:
+    """The proof of what ran; the last batch may have another size, which is judged by itself."""
+    count = len(job.batches)
+    proof = compare(None if ran is None else ran[:count], simulated[:count], job.floats)
+    if job.resized is None or len(simulated) == count:
+        return proof
+    other = compare(None if ran is None else ran[count:], simulated[count:], [job.resized.floats])
+    proof = proof.model_copy(update={"other_sizes": job.resized.sizes})
+    if proof.agrees is False or other.agrees is not False:
+        return proof
+    return proof.model_copy(update={"agrees": False, "reason": f"for {', '.join(job.resized.sizes)}: {other.reason}"})
+
+
+def _run(job: Job, artifact: Artifact, batches: Sequence[Arrays]) -> tuple[Sequence[Arrays], Sequence[KernelRecord]]:
     with Worker(artifact, job.target, exact=True) as worker:
-        return run_batches(worker.run, job.batches), worker.kernels(job.batches[0])
+        return run_batches(worker.run, batches), worker.kernels(batches[0])
 
 
 def _run_stand_in(
-    job: Job, keep_float: frozenset[str], simulated: Sequence[Arrays]
+    job: Job, keep_float: frozenset[str], batches: Sequence[Arrays], simulated: Sequence[Arrays]
 ) -> tuple[Sequence[Arrays], Sequence[KernelRecord]]:
     """Run the same graph for the target that stands in; what it adds to its own simulation is added to the real one's outputs."""
     expected = run_batches(
-        Session(lower_qdq(job.model, job.checked, keep_float=keep_float), optimize=False).run, job.batches
+        Session(lower_qdq(job.model, job.checked, keep_float=keep_float), optimize=False).run, batches
     )
     lowered = LOWER_FORMAT[job.format](job.backend.lower(job.model, job.checked, keep_float=keep_float))
     with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
         path = Path(folder) / MODEL
         save_onnx(lowered, path)
-        ran, kernels = _run(job, job.backend.convert(path, job.checked, Path(folder), precision="int8"))
+        artifact = job.backend.convert(path, job.checked, Path(folder), precision="int8")
+        ran, kernels = _run(job, artifact, batches)
     moved = [
         {name: moved_by(real[name], there[name], array) if name in real else array for name, array in here.items()}
         for real, there, here in zip(simulated, expected, ran, strict=True)

@@ -16,7 +16,8 @@ import edgekit
 from edgekit.data import BoundData, Dataset, Preprocess, open_data
 from edgekit.distribution import LayerDistributions
 from edgekit.errors import DataError
-from edgekit.graph.annotations import annotated_values, set_sample_shape
+from edgekit.graph.annotations import annotated_values, set_sample_shape, without_params
+from edgekit.graph.contract import check_contract, contract
 from edgekit.graph.io import save_annotated
 from edgekit.graph.operators import LINEAR, Layer, layers
 from edgekit.graph.rules import check_operators, quantized_nodes, scaled_across
@@ -132,7 +133,9 @@ def compress(
     plan = make_plan(out, search=search, seed=seed, time_budget=time_budget, max_drop=max_drop, judged=judged)
     budget = plan.budget_s if plan else time_budget
     goal = None if max_drop is None else make_goal(str(max_drop), budget, out, has_metric=evaluate is not None)
-    loaded = _load(source, calibration, model, samples, rules, preprocess, trust_checkpoint, input_shape, on_progress)
+    loaded = _load(
+        source, calibration, model, samples, rules, method, preprocess, trust_checkpoint, input_shape, on_progress
+    )
     graph, calibrating, verifying = loaded.graph, loaded.calibrating, loaded.verifying
     metric = None if evaluate is None else open_metric(evaluate, loaded.data.inputs, preprocess=preprocess)
     decision = open_decision(graph, bound(verifying, graph), proxy) if metric is None else None
@@ -144,7 +147,10 @@ def compress(
 
     on_progress("evaluate", 0, None)
     measured = _measured(graph, rules, metric, evaluate, preprocess)
-    notes = chain(search_notes(searched), lift_notes(lifted), decision_notes(decided), changed_answer(lifted, measured))
+    unasked = decided.name if decided and not goal else ""
+    notes = chain(
+        search_notes(searched), lift_notes(lifted, unasked), decision_notes(decided), changed_answer(lifted, measured)
+    )
     record = Compressed(
         **_about(graph, rules, loaded, method),
         **measured,
@@ -154,7 +160,7 @@ def compress(
         lifted=lifted,
         searched=searched,
         notes=(
-            *_notes(graph, rules, loaded),
+            *_notes(graph, rules, loaded, method),
             *notes,
             *loaded.remarks,
             *([why_none()] if explain and why_none() else []),
@@ -169,6 +175,7 @@ def _load(
     factory: str | Callable[[], object] | None,
     samples: int,
     rules: Target,
+    method: Method,
     preprocess: Preprocess | None,
     trust: bool,
     input_shape: str | None,
@@ -180,10 +187,13 @@ def _load(
     dataset = _open(calibration, preprocess, samples)
     on_progress("load the source", 0, None)
     graph, origin = load_source(source, dataset, factory=factory, trust=trust, opset=rules.graph.opset)
+    promised = contract(graph)
     data = dataset.bind(input_specs(graph))
     on_progress("bring it into canonical form", 0, None)
     examples = first_batch(data, EXAMPLES)
-    graph = rewrite(canonicalize(graph, examples, opset=rules.graph.opset), examples)
+    graph = canonicalize(graph, examples, opset=rules.graph.opset)
+    graph = rewrite(without_params(graph) if method.dequantize else graph, examples)
+    check_contract(promised, graph)
     for value in graph.graph.inputs:
         set_sample_shape(value, examples[value.name or ""].shape)
     calibrating = Calibrating(data, calibrating_samples(data, samples), on_progress)
@@ -295,8 +305,11 @@ def _stays_float(graph: ir.Model, rules: Target) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def _notes(graph: ir.Model, rules: Target, loaded: _Loaded) -> Iterator[str]:
+def _notes(graph: ir.Model, rules: Target, loaded: _Loaded, method: Method) -> Iterator[str]:
     split, origin = loaded.calibrating.done, loaded.origin
+    if method.dequantize:
+        yield f"{MODEL} is {origin.name} without its grids: nothing is quantized"
+        return
     if not annotated_values(graph.graph):
         yield f"nothing is quantized: {origin.name} has no operator that target {rules.name!r} quantizes ({', '.join(LINEAR)})"
     if not split and annotated_values(graph.graph):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from edgekit.metric import Evaluate
 from edgekit.pipelines.floor import explain, make_goal, meet
 from edgekit.pipelines.quantize import Calibrating
 from edgekit.pipelines.sources import input_specs
+from edgekit.pipelines.stored import Stored
 from edgekit.progress import Progress
 from edgekit.proxy import AUTO, NONE, Proxy, choose_proxy, open_proxy
 from edgekit.records import Lifted, Metric, ProxyRecord
@@ -118,6 +119,26 @@ def settle(
             graph, lifted = meet(graph, rules, goal, found, calibrating, decision.evaluate, on_progress)
             after = decision.judge(graph, rules)
     return graph, lifted, _record(decision, before, after)
+
+
+def settle_target(
+    stored: Stored, target: Target, decision: Decision | None, on_progress: Progress
+) -> tuple[Stored, Lifted | None]:
+    """Leave more layers in float where a target's own grids lose decisions that the compressed model keeps.
+
+    Not where `compress` could not keep them either, or was told to meet another floor.
+    """
+    record = stored.record
+    if decision is None or record.proxy is None or record.proxy.after < decision.floor:
+        return stored, None
+    if record.lifted is not None and record.lifted.floor != decision.floor_text:
+        return stored, None
+    count = len(next(iter(stored.held_back.batches(BATCH))))
+    samples = Calibrating(stored.held_back, max(count, RANKED_BY), on_progress)
+    model, lifted, _ = settle(
+        stored.model, target, decision, None, samples, None, stored.folder / target.name, on_progress
+    )
+    return replace(stored, model=model), lifted
 
 
 def _affordable(graph: ir.Model, rules: Target, sample_s: float, budget_s: float) -> int:

@@ -20,8 +20,10 @@ from edgekit.lowering.saturation import saturates_here, with_reduced_range
 from edgekit.metric import Evaluate, Runner, open_metric
 from edgekit.output import sha256, staged_folder, write_text
 from edgekit.pipelines.build import Candidate, Job, find_guilty, try_build
-from edgekit.pipelines.decision import Decision, open_decision
+from edgekit.pipelines.decision import Decision, open_decision, settle_target
+from edgekit.pipelines.floor import lift_notes
 from edgekit.pipelines.placement import fastest, placement_notes
+from edgekit.pipelines.resized import Resized, resize
 from edgekit.pipelines.stored import Stored, open_stored, samples_of_size
 from edgekit.pipelines.targets import missing
 from edgekit.progress import Progress, silent
@@ -46,7 +48,11 @@ BATCH_SIZES = (7, 33, 1)
 """Of the proof: no batch that models are traced or calibrated with. Kernels change with it, and so do their faults: one of
 OpenVINO's is right up to a batch of 8, and wrong from 9 on.
 """
+PROVEN_ON = 64
+"""The most held-back samples that an artifact is held against the simulation on; decisions are compared on all."""
 SINGLES = 4
+RESIZED = 2
+"""Samples in another size than calibration's."""
 MOST_REPAIRS = 8
 
 
@@ -181,12 +187,29 @@ def _export_one(
     if target.runtime.float_dtype == "float16":
         singles = (batch.feeds for batch in stored.held_back.batches(1))
         stored = replace(stored, model=mark_wide(stored.model, singles))
+    proxied = stored.record.proxy if metric is None else None
+    decision = open_decision(stored.model, stored.held_back, proxied.kind or AUTO) if proxied else None
+    lifted = None
+    if format == "qdq":  # the others take no layer in float
+        stored, lifted = settle_target(stored, target, decision, on_progress)
     batches = _batches(stored)
-    floats = run_batches(Session(stored.model, optimize=False).run, batches)
+    session = Session(stored.model, optimize=False)
+    floats = run_batches(session.run, batches)
+    resized = resize(next(iter(stored.held_back.batches(RESIZED))), stored.held_back.inputs, session)
     target = target.model_copy(update={"graph": target.graph.model_copy(update={"format": format})})
     checked = with_reduced_range(target) if available.can_check and saturates_here(target) else target
     job = Job(
-        stored.model, target, checked, format, backend, available, folder, batches, floats, stored.record.held_back
+        stored.model,
+        target,
+        checked,
+        format,
+        backend,
+        available,
+        folder,
+        batches,
+        floats,
+        resized if resized and resized.feeds else None,
+        min(stored.record.held_back, PROVEN_ON),
     )
     placement = None
     if tuning_s is not None and available.can_run and format == "qdq":
@@ -205,14 +228,13 @@ def _export_one(
         kept = (*kept, guilty)
     if candidate is None:
         raise BackendError(problem)
-    proxied = stored.record.proxy if metric is None else None
-    decision = open_decision(stored.model, stored.held_back, proxied.kind or AUTO) if proxied else None
-    return _describe(job, stored.record, candidate, kept, placement, metric, decision)
+    notes = (*lift_notes(lifted, proxied.name if proxied else ""), *_size_notes(stored, resized, candidate.artifact))
+    return _describe(job, stored.record, candidate, kept, placement, metric, decision, notes)
 
 
 def _batches(stored: Stored) -> list[Arrays]:
     few, many, single = BATCH_SIZES
-    batches = chain(stored.held_back.batches(few), stored.held_back.batches(single, 0, SINGLES))
+    batches = chain(stored.held_back.batches(few, 0, PROVEN_ON), stored.held_back.batches(single, 0, SINGLES))
     return [*(batch.feeds for batch in batches), samples_of_size(stored, many)]
 
 
@@ -224,6 +246,7 @@ def _describe(
     placement: TunedPlacement | None,
     metric: Evaluate | None,
     decision: Decision | None,
+    notes: Sequence[str],
 ) -> Manifest:
     """Measure the metric and write the manifest."""
     artifact = candidate.artifact
@@ -254,7 +277,7 @@ def _describe(
         metric_source=source,
         proxy=judged,
         placement=placement,
-        notes=(*_notes(job, candidate, kept), *placement_notes(placement), *_lost(judged, decision)),
+        notes=(*_notes(job, candidate, kept), *notes, *placement_notes(placement), *_lost(judged, decision)),
     )
     write_text(job.folder / MANIFEST, json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n")
     return manifest
@@ -268,6 +291,15 @@ def _measure_metric(job: Job, artifact: Artifact, metric: Evaluate | None) -> tu
         return metric(Session(job.folder / MODEL, optimize=True).run), "simulated"
     with Worker(artifact, job.target, exact=False) as worker:
         return metric(worker.run), "ran"
+
+
+def _size_notes(stored: Stored, resized: Resized | None, artifact: Artifact) -> Iterator[str]:
+    """What to tell of the sizes of inputs and files."""
+    if resized is not None and not resized.feeds:
+        yield f"checked for {', '.join(resized.sizes)} only: the float model takes none of the other sizes that were tried"
+    before = sum(file.stat().st_size for file in stored.folder.glob(f"{MODEL}*"))
+    if artifact.size_bytes > before:
+        yield f"larger than the float model: {artifact.size_bytes:,} bytes, where that has {before:,}"
 
 
 def _lost(judged: Metric | None, decision: Decision | None) -> Iterator[str]:

@@ -169,15 +169,16 @@ def _first(batches: Calibrating) -> Iterator[Batch]:
             return
 
 
-def lift_notes(lifted: Lifted | None) -> Iterator[str]:
-    """What to tell of a search for a floor."""
+def lift_notes(lifted: Lifted | None, decision: str = "") -> Iterator[str]:
+    """What to tell of a search for a floor; of a `decision`, where nobody asked for the floor."""
     if lifted is None:
         return
+    subject = f"{decision} at least {lifted.needed:.4g}" if decision else f"the floor {lifted.floor}"
     outcome = "is met" if lifted.met else "is not met"
     kept = f"with {', '.join(lifted.lifted)} in float" if lifted.lifted else "with everything in int8"
     more = "" if lifted.finished else "; time was up before the search was over: run the same again to go on"
     numbers = f"{lifted.before:.4g} before, {lifted.after:.4g} now, {lifted.needed:.4g} needed"
-    yield f"the floor {lifted.floor} {outcome} {kept}: {numbers}{more}"
+    yield f"{subject} {outcome} {kept}: {numbers}{more}"
 
 
 def changed_answer(lifted: Lifted | None, measured: Mapping[str, Any]) -> Iterator[str]:

@@ -56,6 +56,8 @@ def quantize(model: ir.Model, rules: Target, method: Method, batches: Calibratin
     What changes the float graph (equalization, smoothing) leaves its function as it is.
     """
     _check(model, method)
+    if method.dequantize:
+        return model
     model = assign_precisions(model, method)
     if method.equalize:
         model = equalize(model)

@@ -19,6 +19,7 @@ from edgekit.graph.finite import check_finite
 from edgekit.graph.io import load_onnx
 from edgekit.output import sha256
 from edgekit.passes.drop_concat_split import drop_concat_split
+from edgekit.passes.expand_integer import expand_integer
 from edgekit.passes.fold_affine import fold_affine
 from edgekit.passes.fold_batchnorm import fold_batchnorm
 from edgekit.passes.fold_fake_quant import fold_fake_quant
@@ -30,6 +31,7 @@ from edgekit.passes.upgrade_opset import upgrade_opset
 from edgekit.records import Source
 from edgekit.reference import resolve_reference
 
+QDQ = ("QuantizeLinear", "DequantizeLinear", "FakeQuant")
 SYNTHETIC = "synthetic"
 """In the place of calibration data: there is none."""
 SYNTHETIC_SAMPLES = 96
@@ -128,8 +130,9 @@ def canonicalize(model: ir.Model, feeds: Mapping[str, NDArray[np.generic]], *, o
     upgraded = simplify(upgrade_opset(original, opset=opset))
     check_finite(upgraded)
     prove_equal(original, upgraded, feeds)
-    quantized = any(node.op_type == "DequantizeLinear" for node in upgraded.graph)
-    folded = fold_fake_quant(upgraded) if quantized else upgraded
+    expanded = expand_integer(upgraded)
+    quantized = any(node.op_type in QDQ for node in expanded.graph)
+    folded = fold_fake_quant(expanded) if quantized else expanded
     canonical = simplify(pool_globally(fold_batchnorm(folded)))
     prove_equal(folded, canonical, feeds)
     return canonical

@@ -10,11 +10,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.data import BoundData
+from edgekit.data import Batch, BoundData
 from edgekit.data.samples import LABELS
 from edgekit.errors import DataError
 
 HELD_BACK_SAMPLES = 64
+MOST_HELD_BACK = 256
+"""Where samples are small: a share of 0.98 is better told by many."""
+HELD_BACK_BYTES = 32 * 2**20
+"""That so many may take."""
 BATCH_SIZE = 8
 
 Arrays = dict[str, NDArray[np.generic]]
@@ -33,13 +37,13 @@ def first_batch(data: BoundData, count: int) -> Arrays:
 
 
 def calibrating_samples(data: BoundData, wished: int) -> int:
-    """How many samples calibrate: as many as wished, or where there is too little, all but an eighth; in whole batches."""
+    """How many samples calibrate: as many as wished, or where there is too little, all but a quarter; in whole batches."""
     count, unit = wished, _at_a_time(data)
     size = data.size
     if size is None:  # a function: it is read once to know
         size = sum(len(batch) for batch in data.batches(BATCH_SIZE, 0, wished + HELD_BACK_SAMPLES))
     if size < wished + HELD_BACK_SAMPLES:
-        count = min(wished, size - max(unit, min(HELD_BACK_SAMPLES, size // 8)))
+        count = min(wished, size - max(unit, min(HELD_BACK_SAMPLES, size // 4)))
     return max(unit, count - count % unit)
 
 
@@ -48,11 +52,9 @@ def held_back(data: BoundData, calibrating: int) -> tuple[Arrays, str]:
 
     There are only calibration's own where nothing is left, and only those that have one shape fit into arrays.
     """
-    unit = _at_a_time(data)
-    count = -(-HELD_BACK_SAMPLES // unit) * unit
-    batches = list(data.batches(BATCH_SIZE, calibrating, calibrating + count))
+    batches = _some(data, calibrating)
     note = "" if batches else "no samples were left to verify exports with: they are verified on those that calibrated"
-    batches = batches or list(data.batches(BATCH_SIZE, 0, count))
+    batches = batches or _some(data, 0)
     first = batches[0]
     skipped = 0 if first.single else 1
     shapes = {name: array.shape[skipped:] for name, array in first.feeds.items()}
@@ -65,6 +67,21 @@ def held_back(data: BoundData, calibrating: int) -> tuple[Arrays, str]:
     if len(fitting) < len(batches):
         note = f"{len(batches) - len(fitting)} of {len(batches)} batches of held-back samples have another shape and are left out"
     return arrays, note
+
+
+def _some(data: BoundData, start: int) -> list[Batch]:
+    """The samples to hold back, from `start` on: more of small ones."""
+    unit = _at_a_time(data)
+    least, most = (-(-count // unit) * unit for count in (HELD_BACK_SAMPLES, MOST_HELD_BACK))
+    found: list[Batch] = []
+    count = size = 0
+    for batch in data.batches(BATCH_SIZE, start, start + most):
+        own = sum(array.nbytes for array in batch.feeds.values())
+        if count >= least and size + own > HELD_BACK_BYTES:
+            break
+        found.append(batch)
+        count, size = count + len(batch), size + own
+    return found
 
 
 def save_arrays(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:

@@ -2,7 +2,8 @@
 
 Options of `[runtime]` make it fail the ways that real runtimes do: `on_load` and `on_run`, see `misbehave`. The latter
 begins after `healthy_runs` inferences. `wrong` names nodes that it computes wrongly when they read a DequantizeLinear,
-`wrong_always` nodes that it always computes wrongly. `absent` says why the device is not here.
+`wrong_always` nodes that it always computes wrongly, `wrong_size` the last size of an input with which it gets all wrong.
+`absent` says why the device is not here.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ class Compiled:
         self._model = spoiled(onnx.load(path), options)
         self._evaluator = ReferenceEvaluator(self._model)
         self._on_run = options.get("on_run", "")
+        self._wrong_size = int(options.get("wrong_size", "0"))
         self._healthy_runs = int(options.get("healthy_runs", "0"))
 
     def run(self, feeds: Feeds) -> Outputs:
@@ -106,7 +108,9 @@ class Compiled:
     def _run_once(self, inputs: Outputs) -> list[NDArray[np.generic]]:
         self._healthy_runs -= 1
         misbehave(self._on_run if self._healthy_runs < 0 else "")
-        return cast(list[NDArray[np.generic]], self._evaluator.run(None, inputs))
+        outputs = cast(list[NDArray[np.generic]], self._evaluator.run(None, inputs))
+        wrong = any(array.ndim and array.shape[-1] == self._wrong_size for array in inputs.values())
+        return [-array for array in outputs] if wrong else outputs
 
     def kernels(self, feeds: Feeds) -> list[KernelRecord]:
         """One kernel a node; all of them compute in float."""
