@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -16,11 +15,11 @@ import edgekit
 from edgekit.data import BoundData, Dataset, Preprocess, open_data
 from edgekit.distribution import LayerDistributions
 from edgekit.errors import DataError
-from edgekit.graph.annotations import annotated_values, set_sample_shape, without_params
+from edgekit.graph.annotations import set_sample_shape, without_params
 from edgekit.graph.contract import check_contract, contract
 from edgekit.graph.io import save_annotated
-from edgekit.graph.operators import LINEAR, Layer, layers
-from edgekit.graph.rules import check_operators, quantized_nodes, scaled_across
+from edgekit.graph.operators import Layer, layers
+from edgekit.graph.rules import check_operators
 from edgekit.graph.run import Session
 from edgekit.lowering.qdq import lower_qdq
 from edgekit.method import EVERYTHING, Method
@@ -31,6 +30,7 @@ from edgekit.pipelines.decision import bound, decision_notes, open_decision, set
 from edgekit.pipelines.floor import Goal, changed_answer, lift_notes, look_at_worst, make_goal, meet
 from edgekit.pipelines.floor import explain as measure_layers
 from edgekit.pipelines.quantize import Calibrating, quantize
+from edgekit.pipelines.remarks import dequantized, remarks, stays_float
 from edgekit.pipelines.search import find_method, forget, make_plan, search_notes
 from edgekit.pipelines.sources import (
     EXAMPLES,
@@ -49,7 +49,6 @@ from edgekit.report import write_report
 from edgekit.target import PORTABLE, Target, load_target
 
 DEFAULT_SAMPLES = 512
-FEW_SAMPLES = 32
 MADE_UP = "calibrated on synthetic data, made from the model alone: check the accuracy on real data before you ship it"
 
 Calibration = str | Path | Mapping[str, Any] | Iterable[Any] | Callable[[], Any]
@@ -66,13 +65,14 @@ class CompressResult:
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """The float graph in canonical form, where it came from, and the samples: to calibrate with, and held back."""
+    """The float graph in canonical form, where it came from, and the samples: to calibrate with, and `held` held back."""
 
     graph: ir.Model
     origin: Source
     data: BoundData
     calibrating: Calibrating
     verifying: Arrays
+    held: int
     remarks: tuple[str, ...]
 
 
@@ -160,7 +160,7 @@ def compress(
         lifted=lifted,
         searched=searched,
         notes=(
-            *_notes(graph, rules, loaded, method),
+            *_remarks(graph, rules, loaded, method),
             *notes,
             *loaded.remarks,
             *([why_none()] if explain and why_none() else []),
@@ -197,9 +197,9 @@ def _load(
     for value in graph.graph.inputs:
         set_sample_shape(value, examples[value.name or ""].shape)
     calibrating = Calibrating(data, calibrating_samples(data, samples), on_progress)
-    verifying, remark = held_back(data, calibrating.stop)
+    verifying, held, remark = held_back(data, calibrating.stop)
     remarks = tuple(filter(None, (remark, MADE_UP if made_up else "")))
-    return _Loaded(graph, origin, data, calibrating, verifying, remarks)
+    return _Loaded(graph, origin, data, calibrating, verifying, held, remarks)
 
 
 def _check_proxy(proxy: str, evaluate: object) -> None:
@@ -255,12 +255,19 @@ def _about(graph: ir.Model, rules: Target, loaded: _Loaded, method: Method) -> d
         "versions": versions("onnx", "onnx-ir", "onnxruntime", "onnxscript", "torch", "numpy"),
         "source": loaded.origin,
         "samples": loaded.calibrating.done,
-        "held_back": len(next(iter(loaded.verifying.values()))),
+        "held_back": loaded.held,
         "target": rules.name,
         "method": method,
         "layers": tuple(map(_layer, layers(graph))),
-        "stays_float": _stays_float(graph, rules),
+        "stays_float": stays_float(graph, rules),
     }
+
+
+def _remarks(graph: ir.Model, rules: Target, loaded: _Loaded, method: Method) -> Iterator[str]:
+    if method.dequantize:
+        return dequantized(loaded.origin.name)
+    wanted = method.activations != "static" or method.precision != "float"
+    return remarks(graph, rules, loaded.origin.name, loaded.calibrating.done, wanted=wanted)
 
 
 def _measured(
@@ -290,32 +297,3 @@ def _reference(evaluate: object) -> str:
         if path.exists()
         else str(evaluate)
     )
-
-
-def _stays_float(graph: ir.Model, rules: Target) -> dict[str, int]:
-    """How often each operator stays float that a quantizer might have been expected to take."""
-    quantized = quantized_nodes(graph, rules)
-    counts = Counter(
-        node.op_type if not node.domain else f"{node.domain}::{node.op_type}"
-        for node in graph.graph
-        if node not in quantized and (node.domain or rules.rule_for(node.op_type) != "pass_through")
-    )
-    for absorbed in rules.quantization.absorb:
-        counts.pop(absorbed, None)
-    return dict(sorted(counts.items()))
-
-
-def _notes(graph: ir.Model, rules: Target, loaded: _Loaded, method: Method) -> Iterator[str]:
-    split, origin = loaded.calibrating.done, loaded.origin
-    if method.dequantize:
-        yield f"{MODEL} is {origin.name} without its grids: nothing is quantized"
-        return
-    if not annotated_values(graph.graph):
-        yield f"nothing is quantized: {origin.name} has no operator that target {rules.name!r} quantizes ({', '.join(LINEAR)})"
-    if not split and annotated_values(graph.graph):
-        yield "every tensor came with its grid: no range was chosen, and the calibration data only serves to verify exports"
-    elif split < FEW_SAMPLES:
-        yield f"calibrated on {split} samples only; a few hundred give ranges that hold"
-    across = [node.name or "" for node, parts in quantized_nodes(graph, rules).items() if scaled_across(node, parts)]
-    if across:
-        yield f"in float, because their weights came with scales along another axis than the output channels': {', '.join(across)}"

@@ -25,6 +25,7 @@ from edgekit.pipelines.stored import Stored
 from edgekit.progress import Progress
 from edgekit.proxy import AUTO, NONE, Proxy, choose_proxy, open_proxy
 from edgekit.records import Lifted, Metric, ProxyRecord
+from edgekit.sensitivity import LARGEST_DB
 from edgekit.target import Target
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -57,8 +58,8 @@ class Decision:
 
     @property
     def floor_text(self) -> str:
-        """The floor as `--max-drop` would say it."""
-        return f"{self.floor:g}dB" if self.proxy is None else f"{100 * (1 - self.floor):g}"
+        """The floor as `--max-drop` would say it, in points that are lost."""
+        return f"{LARGEST_DB - self.floor:g}" if self.proxy is None else f"{100 * (1 - self.floor):g}"
 
     def judge(self, graph: ir.Model, rules: Target) -> float:
         """What the simulation of the annotated graph is worth."""

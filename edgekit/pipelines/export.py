@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from edgekit.pipelines.build import Candidate, Job, find_guilty, try_build
 from edgekit.pipelines.decision import Decision, open_decision, settle_target
 from edgekit.pipelines.floor import lift_notes
 from edgekit.pipelines.placement import fastest, placement_notes
+from edgekit.pipelines.remarks import listed
 from edgekit.pipelines.resized import Resized, resize
 from edgekit.pipelines.stored import Stored, open_stored, samples_of_size
 from edgekit.pipelines.targets import missing
@@ -133,7 +135,10 @@ def _export_to(
     final = stored.folder / target.name
     _check_strangers(final)
     with staged_folder(final, marker=MANIFEST, what="an edgekit export") as folder:
-        manifest = _export_one(stored, target, format, metric, folder, tuning_s, on_progress)
+        try:
+            manifest = _export_one(stored, target, format, metric, folder, tuning_s, on_progress)
+        except EdgekitError as error:  # runtimes name their file, which lies where nobody will find it
+            raise type(error)(str(error).replace(f"{folder}{os.sep}", "")) from error
         if manifest.proof.agrees is False and not allow_wrong:
             raise GoalError(
                 f"target {target.name!r}: {manifest.runtime} does not compute what the simulation does, and no layer kept in float "
@@ -322,7 +327,7 @@ def _notes(job: Job, candidate: Candidate, kept: tuple[str, ...]) -> list[str]:
         )
     wide = wide_names(job.model)
     if wide:
-        notes.append(f"in float32 around tensors that leave float16's range: {_listed(wide)}")
+        notes.append(f"in float32 around tensors that leave float16's range: {listed(wide)}")
     if kept:
         notes.append(
             f"kept in float, because {runtime} refuses them or computes them wrongly in int8: {', '.join(kept)}"
@@ -332,11 +337,5 @@ def _notes(job: Job, candidate: Candidate, kept: tuple[str, ...]) -> list[str]:
             f"WRONG: {runtime} does not compute what the simulation does: {proof.reason}. Do not ship this artifact"
         )
     if proof.float_layers:
-        notes.append(f"in float: {_listed(proof.float_layers)}")
+        notes.append(f"in float: {listed(proof.float_layers)}")
     return notes
-
-
-def _listed(names: Sequence[str]) -> str:
-    """The first five names, and how many there are beside them."""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"{', '.join(names[:5])}{more}"

@@ -24,6 +24,7 @@ from edgekit.lift import keep_float, lift, parse_floor
 from edgekit.metric import Evaluate
 from edgekit.output import write_text
 from edgekit.pipelines.quantize import Calibrating
+from edgekit.pipelines.remarks import listed
 from edgekit.pipelines.split import BATCH_SIZE, Arrays
 from edgekit.progress import Progress
 from edgekit.records import LayerSensitivity, Lifted, LiftState, read_record
@@ -175,7 +176,7 @@ def lift_notes(lifted: Lifted | None, decision: str = "") -> Iterator[str]:
         return
     subject = f"{decision} at least {lifted.needed:.4g}" if decision else f"the floor {lifted.floor}"
     outcome = "is met" if lifted.met else "is not met"
-    kept = f"with {', '.join(lifted.lifted)} in float" if lifted.lifted else "with everything in int8"
+    kept = f"with {listed(lifted.lifted)} in float" if lifted.lifted else "with everything in int8"
     more = "" if lifted.finished else "; time was up before the search was over: run the same again to go on"
     numbers = f"{lifted.before:.4g} before, {lifted.after:.4g} now, {lifted.needed:.4g} needed"
     yield f"{subject} {outcome} {kept}: {numbers}{more}"

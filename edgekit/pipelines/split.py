@@ -47,26 +47,28 @@ def calibrating_samples(data: BoundData, wished: int) -> int:
     return max(unit, count - count % unit)
 
 
-def held_back(data: BoundData, calibrating: int) -> tuple[Arrays, str]:
-    """Samples that calibration does not see, as arrays that `open_data` reads back; and a note where there is something to say.
+def held_back(data: BoundData, calibrating: int) -> tuple[Arrays, int, str]:
+    """Samples that calibration does not see, as arrays that `open_data` reads back, how many, and a note if there is one.
 
-    There are only calibration's own where nothing is left, and only those that have one shape fit into arrays.
+    There are only calibration's own where nothing is left, and only those that have one shape fit into arrays. Where the model takes
+    so many at a time, each row is a call as it came: its first axis may be time, whose order matters.
     """
     batches = _some(data, calibrating)
     note = "" if batches else "no samples were left to verify exports with: they are verified on those that calibrated"
     batches = batches or _some(data, 0)
     first = batches[0]
-    skipped = 0 if first.single else 1
+    calls = first.single or _at_a_time(data) > 1
+    skipped = 0 if calls else 1
     shapes = {name: array.shape[skipped:] for name, array in first.feeds.items()}
     fitting = [b for b in batches if all(b.feeds[name].shape[skipped:] == shape for name, shape in shapes.items())]
-    join = np.stack if first.single else np.concatenate
+    join = np.stack if calls else np.concatenate
     arrays: Arrays = {name: join([batch.feeds[name] for batch in fitting]) for name in shapes}
     labels = [batch.labels for batch in fitting if batch.labels is not None]
     if len(labels) == len(fitting) and LABELS not in arrays:
-        arrays[LABELS] = np.concatenate(labels)
+        arrays[LABELS] = join(labels)
     if len(fitting) < len(batches):
         note = f"{len(batches) - len(fitting)} of {len(batches)} batches of held-back samples have another shape and are left out"
-    return arrays, note
+    return arrays, sum(map(len, fitting)), note
 
 
 def _some(data: BoundData, start: int) -> list[Batch]:
