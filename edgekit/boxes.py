@@ -13,6 +13,8 @@ Array = NDArray[Any]
 F64 = NDArray[np.float64]
 
 LEAST_SCORE = 0.25
+NEARLY = 0.05
+"""What a score may be under that in the other model: users can rely on no box whose score lies on the threshold."""
 SAME_OBJECT, SAME_BOX = 0.45, 0.5
 """Intersection over union: of two boxes of which non-maximum suppression keeps one; of two that are the same detection."""
 LEAST_ANCHORS = 64
@@ -91,7 +93,14 @@ def layout_of(outputs: Sequence[Array]) -> Layout:
 
 
 def read_boxes(outputs: Sequence[Array], layout: Layout) -> list[Detections]:
-    """The detections of each sample, after non-maximum suppression within classes."""
+    """The detections of each sample, the nearly sure ones too, after non-maximum suppression within classes."""
+    boxes, scores = boxes_and_scores(outputs, layout)
+    corners = _corners(boxes) if layout.sizes else boxes
+    return [_suppressed(each, some) for each, some in zip(corners, scores, strict=True)]
+
+
+def boxes_and_scores(outputs: Sequence[Array], layout: Layout) -> tuple[F64, F64]:
+    """Boxes `(N, anchors, 4)` as they are written, and the scores of classes `(N, anchors, classes)`."""
     arrays = [np.asarray(array, np.float64) for array in outputs]
     if len(arrays) == 2:
         boxes, scores = arrays
@@ -102,8 +111,7 @@ def read_boxes(outputs: Sequence[Array], layout: Layout) -> list[Detections]:
         scores = scores[:, :, :1] * scores[:, :, 1:]
     if layout.background is not None:
         scores = scores[:, :, 1:] if layout.background == 0 else scores[:, :, :-1]
-    corners = _corners(boxes) if layout.sizes else boxes
-    return [_suppressed(each, some) for each, some in zip(corners, scores, strict=True)]
+    return boxes, scores
 
 
 def _are_sizes(boxes: Array) -> bool:
@@ -119,7 +127,7 @@ def _corners(boxes: F64) -> F64:
 def _suppressed(corners: F64, scores: F64) -> Detections:
     classes, best = scores.argmax(axis=1), scores.max(axis=1, initial=0.0)
     order = np.argsort(-best, kind="stable")[:MOST_CANDIDATES]
-    order = order[best[order] > LEAST_SCORE]
+    order = order[best[order] > LEAST_SCORE - NEARLY]
     kept: list[int] = []
     for index in order:
         rivals = [k for k in kept if classes[k] == classes[index]]
@@ -128,19 +136,24 @@ def _suppressed(corners: F64, scores: F64) -> Detections:
     return Detections(corners[kept], best[kept], classes[kept])
 
 
-def f1(found: Detections, wanted: Detections) -> float:
-    """The F1 of detections against others: each, the best first, is matched with one of the same class that it overlaps most."""
-    if not len(found.scores) and not len(wanted.scores):
-        return 1.0
-    overlap = _iou(found.corners, wanted.corners)
-    overlap[found.classes[:, None] != wanted.classes[None, :]] = 0.0
-    matched = 0
-    for row in overlap:
+def both_found(ours: Detections, theirs: Detections) -> NDArray[np.float64]:
+    """1 for each sure detection of either side that the other has too, 0 for the rest; the mean is the F1 of both.
+
+    Each, the best first, is matched with one of the same class that it overlaps most, be that one sure or nearly so.
+    """
+    return np.concatenate([_found(ours, theirs), _found(theirs, ours)])
+
+
+def _found(wanted: Detections, among: Detections) -> NDArray[np.float64]:
+    overlap = _iou(wanted.corners, among.corners)
+    overlap[wanted.classes[:, None] != among.classes[None, :]] = 0.0
+    found = np.zeros(len(wanted.scores))
+    for index, row in enumerate(overlap):
         best = int(row.argmax()) if len(row) else -1
         if best >= 0 and row[best] >= SAME_BOX:
-            matched += 1
+            found[index] = 1.0
             overlap[:, best] = 0.0
-    return 2 * matched / (len(found.scores) + len(wanted.scores))
+    return found[wanted.scores > LEAST_SCORE]
 
 
 def _iou(a: F64, b: F64) -> F64:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.boxes import detection_maps, f1, layout_of, read_boxes
+from edgekit.boxes import LEAST_SCORE, both_found, boxes_and_scores, detection_maps, layout_of, read_boxes
 from edgekit.errors import DataError
 from edgekit.metric import Evaluate, Runner
 from edgekit.records import Metric
@@ -51,7 +51,7 @@ class Proxy:
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """`agree` gives for each sample how far two outputs make the same decision, 0 to 1."""
+    """`agree` gives for each sample, or box, how far two outputs make the same decision, 0 to 1."""
 
     title: str
     suits: Callable[[Arrays, Arrays], tuple[str, ...]]
@@ -86,8 +86,21 @@ def choose_proxy(floats: Sequence[Arrays], feeds: Sequence[Arrays], kind: str = 
     raise DataError(f"--proxy {kind}: no output suits it (found {shapes}); give another, or --evaluate module:function")
 
 
+def in_focus(proxy: Proxy, outputs: Arrays) -> Arrays:
+    """The numbers that a decision hangs on, to be compared as signals; of a detector the boxes, in pixels, and the scores apart.
+
+    All outputs where some of those that the proxy reads are missing.
+    """
+    if not all(name in outputs for name in proxy.outputs):
+        return outputs
+    arrays = [outputs[name] for name in proxy.outputs]
+    if proxy.kind == "boxes":
+        return dict(zip(("boxes", "scores"), boxes_and_scores(arrays, layout_of(arrays)), strict=True))
+    return dict(zip(proxy.outputs, arrays, strict=True))
+
+
 def open_proxy(proxy: Proxy, feeds: Sequence[Arrays], floats: Sequence[Arrays]) -> Evaluate:
-    """The proxy as a metric: the mean agreement with `floats`, what the float model makes of `feeds`, over all samples."""
+    """The proxy as a metric: the mean agreement with `floats`, what the float model makes of `feeds`, over all samples or boxes."""
 
     def evaluate(run: Runner) -> Metric:
         agree = PROXIES[proxy.kind].agree
@@ -95,7 +108,8 @@ def open_proxy(proxy: Proxy, feeds: Sequence[Arrays], floats: Sequence[Arrays]) 
             agree([found[name] for name in proxy.outputs], [wanted[name] for name in proxy.outputs])
             for found, wanted in ((run(batch), expected) for batch, expected in zip(feeds, floats, strict=True))
         ]
-        return Metric(name=proxy.name, value=float(np.concatenate(values).mean()))
+        each = np.concatenate(values)
+        return Metric(name=proxy.name, value=float(each.mean()) if each.size else 1.0)
 
     return evaluate
 
@@ -134,7 +148,7 @@ def _first(outputs: Arrays, suits: Callable[[Array], bool]) -> tuple[str, ...]:
 def _suits_boxes(outputs: Arrays, inputs: Arrays) -> tuple[str, ...]:
     for names in detection_maps(outputs):
         maps = [outputs[name] for name in names]
-        if any(len(found.scores) for found in read_boxes(maps, layout_of(maps))):
+        if any((found.scores > LEAST_SCORE).any() for found in read_boxes(maps, layout_of(maps))):
             return names
     return ()
 
@@ -204,7 +218,7 @@ def _whole(array: Array) -> bool:
 def _agree_boxes(found: Sequence[Array], wanted: Sequence[Array]) -> NDArray[np.float64]:
     layout = layout_of(wanted)
     pairs = zip(read_boxes(found, layout), read_boxes(wanted, layout), strict=True)
-    return np.array([f1(ours, theirs) for ours, theirs in pairs])
+    return np.concatenate([both_found(ours, theirs) for ours, theirs in pairs])
 
 
 def _agree_text(found: Sequence[Array], wanted: Sequence[Array]) -> NDArray[np.float64]:

@@ -8,7 +8,7 @@ more than half an inference for each node and batch, and memory does not grow wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -43,6 +43,7 @@ def sensitivity(
     batches: Sequence[Arrays],
     *,
     metric: Evaluate | None = None,
+    focus: Callable[[Arrays], Arrays] = lambda outputs: outputs,
     threads: int = 0,
     on_progress: Progress = silent,
 ) -> list[LayerSensitivity]:
@@ -53,6 +54,7 @@ def sensitivity(
         target: says which nodes are quantized, and on which grids.
         batches: feeds; a few dozen samples rank the layers well.
         metric: evaluated as well, once for each layer with weights.
+        focus: what of the model's outputs is compared; it is given those that come behind a layer.
         threads: of inference; 0 lets ONNX Runtime choose.
         on_progress: told of each node.
 
@@ -69,7 +71,7 @@ def sensitivity(
     found: list[LayerSensitivity] = []
     for start in range(0, len(nodes), size):
         segment = nodes[start : start + size]
-        for node, (local, whole) in zip(segment, _alone(model, lowered, segment, batches, threads), strict=True):
+        for node, (local, whole) in zip(segment, _alone(model, lowered, segment, batches, focus, threads), strict=True):
             name = node.name or ""
             found.append(
                 LayerSensitivity(
@@ -176,7 +178,12 @@ def _score(model: ir.Model, target: Target, node: ir.Node, metric: Evaluate | No
 
 
 def _alone(
-    model: ir.Model, lowered: ir.Model, segment: Sequence[ir.Node], batches: Sequence[Arrays], threads: int
+    model: ir.Model,
+    lowered: ir.Model,
+    segment: Sequence[ir.Node],
+    batches: Sequence[Arrays],
+    focus: Callable[[Arrays], Arrays],
+    threads: int,
 ) -> list[tuple[float, Fidelity]]:
     """For each node of a segment, its own SQNR (dB) and what the model's outputs become when only it is quantized."""
     names = [node.name or "" for node in segment]
@@ -191,10 +198,10 @@ def _alone(
         made = beside.run(feeds)
         given = dict(feeds) | {_fed(name): made[name] for name in live}
         nothing = {_error(name): np.zeros(1, made[_error(name)].dtype) for name in names}
-        expected = after.run(given | nothing)
+        expected = focus(after.run(given | nothing))
         for name in names:
             error = made[_error(name)]
-            whole[name].update(after.run(given | nothing | {_error(name): error}), expected)
+            whole[name].update(focus(after.run(given | nothing | {_error(name): error})), expected)
             noise[name] += float(np.square(error, dtype=np.float64).sum())
             signal[name] += float(made[_signal(name)])
     return [(decibels(signal[name], noise[name]), whole[name]) for name in names]

@@ -18,7 +18,7 @@ from edgekit.boxes import layout_of, read_boxes
 from edgekit.errors import DataError
 from edgekit.graph.io import save_onnx
 from edgekit.method import Method
-from edgekit.proxy import Proxy, choose_proxy, open_proxy
+from edgekit.proxy import Proxy, choose_proxy, in_focus, open_proxy
 from networks import Net
 
 Array = NDArray[Any]
@@ -174,8 +174,13 @@ def test_boxes_are_matched_by_place_and_class(turned: bool) -> None:
         table[1, 7, 4:] = [0, 0.7, 0]
 
     assert changed(shift) == 1.0
-    assert changed(lose) == pytest.approx((2 / 3 + 1) / 2)
-    assert changed(confuse) == pytest.approx((1 + 0) / 2)
+
+    def waver(table: Array) -> None:
+        table[0, 50, 5] = 0.21
+
+    assert changed(waver) == 1.0
+    assert changed(lose) == pytest.approx((2 + 2) / (2 + 3))
+    assert changed(confuse) == pytest.approx((2 + 2) / (3 + 3))
 
 
 def test_of_overlapping_boxes_of_a_class_one_is_kept() -> None:
@@ -251,3 +256,12 @@ def test_a_proxy_beside_a_metric_is_refused(bad: tuple[Path, Outputs], tmp_path:
     path, data = bad
     with pytest.raises(DataError, match=r"--proxy argmax and --evaluate are both given; .*: drop one of them"):
         edgekit.compress(path, tmp_path / "out", calibration=data, proxy="argmax", evaluate=lambda run: 1.0)
+
+
+def test_what_a_decision_hangs_on_is_compared_apart() -> None:
+    """Boxes in pixels would drown scores, which are at most 1."""
+    focused = in_focus(Proxy("boxes", ("detections",)), boxes() | {"other": scores()["scores"]})
+    assert {name: array.shape for name, array in focused.items()} == {"boxes": (2, 100, 4), "scores": (2, 100, 3)}
+    assert focused["scores"].max() == pytest.approx(0.9)
+    assert list(in_focus(Proxy("argmax", ("scores",)), scores() | {"state": np.zeros(3)})) == ["scores"]
+    assert list(in_focus(Proxy("argmax", ("scores",)), {"state": np.zeros(3)})) == ["state"]

@@ -125,31 +125,33 @@ def compress(
     Raises:
         EdgekitError: see `edgekit.errors`; `out` is then as it was.
     """
-    out, rules = Path(out), load_target(target)
-    check_operators(rules)
+    out, rules = Path(out), _rules(target)
     check_folder(out, marker=COMPRESSED, what="an edgekit output folder")
-    judged = evaluate is None and proxy != NONE
-    _check_proxy(proxy, evaluate)
+    judged = _is_judged(proxy, evaluate)
     plan = make_plan(out, search=search, seed=seed, time_budget=time_budget, max_drop=max_drop, judged=judged)
     budget = plan.budget_s if plan else time_budget
-    goal = None if max_drop is None else make_goal(str(max_drop), budget, out, has_metric=evaluate is not None)
+    goal = make_goal(str(max_drop), budget, out, has_metric=evaluate is not None) if max_drop is not None else None
     loaded = _load(
         source, calibration, model, samples, rules, method, preprocess, trust_checkpoint, input_shape, on_progress
     )
-    graph, calibrating, verifying = loaded.graph, loaded.calibrating, loaded.verifying
+    graph, calibrating = loaded.graph, loaded.calibrating
     metric = None if evaluate is None else open_metric(evaluate, loaded.data.inputs, preprocess=preprocess)
-    decision = open_decision(graph, bound(verifying, graph), proxy) if metric is None else None
+    decision = open_decision(graph, bound(loaded.verifying, graph), proxy) if metric is None else None
     method, searched = find_method(graph, rules, method, plan, calibrating, metric, on_progress)
     graph = quantize(graph, rules, method, calibrating)
     found, distributions = _looked_at(graph, rules, calibrating, explain, goal, on_progress)
     graph, lifted = meet(graph, rules, goal, found, calibrating, metric, on_progress) if goal else (graph, None)
     graph, lifted, decided = settle(graph, rules, decision, lifted, calibrating, budget, out, on_progress)
 
-    on_progress("evaluate", 0, None)
-    measured = _measured(graph, rules, metric, evaluate, preprocess)
-    unasked = decided.name if decided and not goal else ""
+    measured = _measured(graph, rules, metric, evaluate, preprocess, on_progress)
     notes = chain(
-        search_notes(searched), lift_notes(lifted, unasked), decision_notes(decided), changed_answer(lifted, measured)
+        _remarks(graph, rules, loaded, method),
+        search_notes(searched),
+        lift_notes(lifted, decided.name if decided and not goal else ""),
+        decision_notes(decided),
+        changed_answer(lifted, measured),
+        loaded.remarks,
+        _no_pictures() if explain else (),
     )
     record = Compressed(
         **_about(graph, rules, loaded, method),
@@ -159,14 +161,9 @@ def compress(
         distributions=distributions,
         lifted=lifted,
         searched=searched,
-        notes=(
-            *_remarks(graph, rules, loaded, method),
-            *notes,
-            *loaded.remarks,
-            *([why_none()] if explain and why_none() else []),
-        ),
+        notes=tuple(notes),
     )
-    return _write(out, graph, verifying, record)
+    return _write(out, graph, loaded.verifying, record)
 
 
 def _load(
@@ -202,11 +199,19 @@ def _load(
     return _Loaded(graph, origin, data, calibrating, verifying, held, remarks)
 
 
-def _check_proxy(proxy: str, evaluate: object) -> None:
+def _rules(target: str) -> Target:
+    rules = load_target(target)
+    check_operators(rules)
+    return rules
+
+
+def _is_judged(proxy: str, evaluate: object) -> bool:
+    """Whether a decision stands in for a metric."""
     if evaluate is not None and proxy not in (AUTO, NONE):
         raise DataError(
             f"--proxy {proxy} and --evaluate are both given; the metric decides where there is one: drop one of them"
         )
+    return evaluate is None and proxy != NONE
 
 
 def _looked_at(
@@ -263,6 +268,12 @@ def _about(graph: ir.Model, rules: Target, loaded: _Loaded, method: Method) -> d
     }
 
 
+def _no_pictures() -> Iterator[str]:
+    """Why `--explain` draws nothing, where it does not."""
+    if why_none():
+        yield why_none()
+
+
 def _remarks(graph: ir.Model, rules: Target, loaded: _Loaded, method: Method) -> Iterator[str]:
     if method.dequantize:
         return dequantized(loaded.origin.name)
@@ -271,9 +282,15 @@ def _remarks(graph: ir.Model, rules: Target, loaded: _Loaded, method: Method) ->
 
 
 def _measured(
-    graph: ir.Model, rules: Target, metric: Evaluate | None, evaluate: object, preprocess: Preprocess | None
+    graph: ir.Model,
+    rules: Target,
+    metric: Evaluate | None,
+    evaluate: object,
+    preprocess: Preprocess | None,
+    on_progress: Progress,
 ) -> dict[str, Any]:
     """What measures the model, and the metric in float and with all numbers on their grids."""
+    on_progress("evaluate", 0, None)
     about = {"evaluate": _reference(evaluate), "preprocess": preprocess}
     if metric is None:
         return about

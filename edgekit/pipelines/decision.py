@@ -23,7 +23,7 @@ from edgekit.pipelines.quantize import Calibrating
 from edgekit.pipelines.sources import input_specs
 from edgekit.pipelines.stored import Stored
 from edgekit.progress import Progress
-from edgekit.proxy import AUTO, NONE, Proxy, choose_proxy, open_proxy
+from edgekit.proxy import AUTO, NONE, Proxy, choose_proxy, in_focus, open_proxy
 from edgekit.records import Lifted, Metric, ProxyRecord
 from edgekit.sensitivity import LARGEST_DB
 from edgekit.target import Target
@@ -60,6 +60,10 @@ class Decision:
     def floor_text(self) -> str:
         """The floor as `--max-drop` would say it, in points that are lost."""
         return f"{LARGEST_DB - self.floor:g}" if self.proxy is None else f"{100 * (1 - self.floor):g}"
+
+    def focus(self, outputs: Arrays) -> Arrays:
+        """What of the outputs the decision hangs on."""
+        return outputs if self.proxy is None else in_focus(self.proxy, outputs)
 
     def judge(self, graph: ir.Model, rules: Target) -> float:
         """What the simulation of the annotated graph is worth."""
@@ -113,7 +117,7 @@ def settle(
         return graph, lifted, None
     if lifted is None and before < decision.floor:
         samples = _affordable(graph, rules, (time.monotonic() - begin) / decision.samples, budget_s)
-        found = explain(graph, rules, calibrating, on_progress, samples=samples)
+        found = explain(graph, rules, calibrating, on_progress, samples=samples, focus=decision.focus)
         if found:
             left = max(budget_s - (time.monotonic() - begin), budget_s / 4)
             goal = make_goal(decision.floor_text, left, out, has_metric=True)

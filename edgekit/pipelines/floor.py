@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,10 +25,10 @@ from edgekit.metric import Evaluate
 from edgekit.output import write_text
 from edgekit.pipelines.quantize import Calibrating
 from edgekit.pipelines.remarks import listed
-from edgekit.pipelines.split import BATCH_SIZE, Arrays
+from edgekit.pipelines.split import BATCH_SIZE
 from edgekit.progress import Progress
 from edgekit.records import LayerSensitivity, Lifted, LiftState, read_record
-from edgekit.sensitivity import rank, sensitivity
+from edgekit.sensitivity import Arrays, rank, sensitivity
 from edgekit.target import Target
 
 SAMPLES = 64
@@ -68,10 +68,16 @@ def make_goal(max_drop: str, budget_s: float | None, out: Path, *, has_metric: b
 
 
 def explain(
-    graph: ir.Model, rules: Target, batches: Calibrating, on_progress: Progress, *, samples: int = SAMPLES
+    graph: ir.Model,
+    rules: Target,
+    batches: Calibrating,
+    on_progress: Progress,
+    *,
+    samples: int = SAMPLES,
+    focus: Callable[[Arrays], Arrays] = lambda outputs: outputs,
 ) -> tuple[LayerSensitivity, ...]:
-    """What quantizing each layer alone does, on the first `samples`."""
-    return tuple(sensitivity(graph, rules, _feeds(batches, samples), on_progress=on_progress))
+    """What quantizing each layer alone does to what `focus` picks from the outputs, on the first `samples`."""
+    return tuple(sensitivity(graph, rules, _feeds(batches, samples), focus=focus, on_progress=on_progress))
 
 
 def look_at_worst(
@@ -154,7 +160,7 @@ def _remembered(path: Path) -> LiftState | None:
         return None
 
 
-def _feeds(batches: Calibrating, samples: int = SAMPLES) -> list[Arrays]:
+def _feeds(batches: Calibrating, samples: int = SAMPLES) -> Sequence[Arrays]:
     """The first samples; more where the model takes only more at a time."""
     found = [batch.feeds for batch in batches.data.batches(min(samples, BATCH_SIZE), 0, min(samples, batches.stop))]
     return found or [batch.feeds for batch in islice(batches.data.batches(BATCH_SIZE, 0, batches.stop), 1)]
