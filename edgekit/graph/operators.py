@@ -67,8 +67,11 @@ def roles(node: ir.Node) -> Roles | None:
 def bias_place(node: ir.Node) -> tuple[ir.Node, int] | None:
     """The node and input that a layer's bias has, or would have: its own third one or, behind a MatMul, that of the Add.
 
-    None where a bias has no place: no such Add, or a Gemm that scales its terms.
+    None where a bias has no place: no such Add, a Gemm that scales its terms, or a bias that is computed at run time.
     """
+    given = node.inputs[2] if node.op_type != "MatMul" and len(node.inputs) > 2 else None
+    if given is not None and not is_constant(given):
+        return None
     if node.op_type in ("Conv", "ConvTranspose"):
         return node, 2
     if node.op_type == "Gemm":
