@@ -40,12 +40,16 @@ class Layout:
         whether: the first score says whether there is an object at all, the others which.
         background: the class of no object, 0 or -1; None where there is none.
         sizes: boxes are centers and sizes, not corners.
+        coefficients: of masks, behind the scores (YOLO for segmentation).
+        cells: of the finest of three square grids, each side, where boxes are offsets from a cell and logarithms of sizes (YOLOX).
     """
 
     turned: bool = False
     whether: bool = False
     background: int | None = None
     sizes: bool = False
+    coefficients: int = 0
+    cells: int = 0
 
 
 def detection_maps(outputs: Mapping[str, Array]) -> Iterator[tuple[str, ...]]:
@@ -60,8 +64,18 @@ def detection_maps(outputs: Mapping[str, Array]) -> Iterator[tuple[str, ...]]:
         table = _table(array)
         sized = table.shape[1] >= LEAST_ANCHORS and 5 <= table.shape[2] <= MOST_COLUMNS
         in_pixels = sized and float(np.abs(table[:, :, :4]).max(initial=0)) > 2  # numbers up to 1 could be anything
-        if in_pixels and _are_scores(table[:, :, 4:]):
+        if not in_pixels or not _are_boxes(table[:, :, :4]):
+            continue
+        if _are_scores(table[:, :, 4:]):
             yield (name,)
+        prototypes = (
+            other for other, found in outputs.items() if found.ndim == 4 and found.shape[1] < table.shape[2] - 4
+        )
+        yield from (
+            (name, other)
+            for other in prototypes
+            if _are_scores(table[:, :, 4 : table.shape[2] - outputs[other].shape[1]])
+        )
 
 
 def _anchors_match(boxes: Array, scores: Array) -> bool:
@@ -79,9 +93,10 @@ def _table(array: Array) -> Array:
 
 def layout_of(outputs: Sequence[Array]) -> Layout:
     """How the float model writes detections: boxes `(N, A, 4)` and scores `(N, A, C)`, or one `(N, A, 4 + C)`, `(N, 4 + C, A)` or, with
-    the score of there being an object before those of the classes, `(N, A, 5 + C)`.
+    the score of there being an object before those of the classes, `(N, A, 5 + C)`; beside prototypes of masks `(N, M, H, W)`, its last
+    M columns are their coefficients.
     """
-    if len(outputs) == 2:
+    if len(outputs) == 2 and outputs[1].ndim == 3:
         boxes, scores = outputs
         background = None
         if scores.shape[2] > 1 and float(np.abs(scores.sum(axis=2, dtype=np.float64) - 1).max(initial=0)) < 1e-2:
@@ -89,7 +104,10 @@ def layout_of(outputs: Sequence[Array]) -> Layout:
         return Layout(background=background, sizes=_are_sizes(boxes))
     turned = outputs[0].shape[1] < outputs[0].shape[2]
     table = _table(outputs[0])
-    return Layout(turned=turned, whether=not turned and table.shape[2] > 5, sizes=_are_sizes(table[:, :, :4]))
+    boxes, whether = table[:, :, :4], not turned and table.shape[2] > 5
+    cells = _cells(boxes) if (boxes[..., 2:] < 0).any() else 0
+    coefficients = outputs[1].shape[1] if len(outputs) == 2 else 0
+    return Layout(turned, whether and not coefficients, None, cells > 0 or _are_sizes(boxes), coefficients, cells)
 
 
 def read_boxes(outputs: Sequence[Array], layout: Layout) -> list[Detections]:
@@ -102,16 +120,42 @@ def read_boxes(outputs: Sequence[Array], layout: Layout) -> list[Detections]:
 def boxes_and_scores(outputs: Sequence[Array], layout: Layout) -> tuple[F64, F64]:
     """Boxes `(N, anchors, 4)` as they are written, and the scores of classes `(N, anchors, classes)`."""
     arrays = [np.asarray(array, np.float64) for array in outputs]
-    if len(arrays) == 2:
+    if len(arrays) == 2 and not layout.coefficients:
         boxes, scores = arrays
     else:
         table = arrays[0].transpose(0, 2, 1) if layout.turned else arrays[0]
-        boxes, scores = table[:, :, :4], table[:, :, 4:]
+        boxes, scores = table[:, :, :4], table[:, :, 4 : table.shape[2] - layout.coefficients]
     if layout.whether:
         scores = scores[:, :, :1] * scores[:, :, 1:]
     if layout.background is not None:
         scores = scores[:, :, 1:] if layout.background == 0 else scores[:, :, :-1]
-    return boxes, scores
+    return _on_grids(boxes, layout.cells) if layout.cells else boxes, scores
+
+
+def _are_boxes(boxes: Array) -> bool:
+    """Whether four numbers each are corners in order, centers and sizes, or offsets on known grids."""
+    return not (_are_sizes(boxes) and bool((boxes[..., 2:] < 0).any())) or _cells(boxes) > 0
+
+
+def _cells(boxes: Array) -> int:
+    """The cells along a side of the finest of three grids, each half as fine, that have as many as there are boxes; or 0."""
+    side = round(float(np.sqrt(boxes.shape[1] * 16 / 21)))
+    return side if side % 4 == 0 and 21 * side * side == 16 * boxes.shape[1] else 0
+
+
+def _on_grids(boxes: F64, cells: int) -> F64:
+    """Centers and sizes in pixels; cells of the finest grid have 8.
+
+    Reference: Ge et al. 2021, YOLOX, arXiv 2107.08430.
+    """
+    places, strides = [], []
+    for step in (1, 2, 4):
+        rows, columns = np.divmod(np.arange((cells // step) ** 2), cells // step)
+        places.append(np.stack([columns, rows], axis=1))
+        strides.append(np.full(len(rows), 8.0 * step))
+    stride = np.concatenate(strides)[:, None]
+    sizes = np.exp(np.minimum(boxes[..., 2:], 10.0))
+    return np.concatenate([(boxes[..., :2] + np.concatenate(places)) * stride, sizes * stride], axis=-1)
 
 
 def _are_sizes(boxes: Array) -> bool:

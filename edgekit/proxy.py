@@ -27,6 +27,8 @@ LEAST_STEPS = 4
 """Of an output that a text is read from."""
 FEW = 8
 """Samples from which on classes must be more than one."""
+LEAST_LETTERS = 32
+"""Classes from which on scores that are no probabilities may be of letters: fewer are kinds of words more often."""
 UNIT = 1e-3
 """How far sums and norms may be from 1."""
 
@@ -155,7 +157,9 @@ def _suits_boxes(outputs: Arrays, inputs: Arrays) -> tuple[str, ...]:
 
 def _suits_text(outputs: Arrays, inputs: Arrays) -> tuple[str, ...]:
     def suits(array: Array) -> bool:
-        if array.ndim != 3 or array.shape[1] < LEAST_STEPS or array.shape[2] < 3 or not _distribution(array, 2):
+        if array.ndim != 3 or array.shape[1] < LEAST_STEPS or array.shape[2] < 3:
+            return False
+        if array.shape[2] < LEAST_LETTERS and not _distribution(array, 2):
             return False
         return bool(_blank(array) is not None)
 
@@ -201,7 +205,9 @@ def _suits_argmax(outputs: Arrays, inputs: Arrays) -> tuple[str, ...]:
             return array.shape[1] > 1 and (len(array) < FEW or len(set(array.argmax(axis=1).tolist())) > 1)
         return array.ndim > 2 and any(_distribution(array, axis) for axis in (1, array.ndim - 1))
 
-    return _first(outputs, suits)
+    probabilities = {name: array for name, array in outputs.items() if array.ndim == 2 and _is_float(array)}
+    alternatives = {name: array for name, array in probabilities.items() if _distribution(array, 1)}
+    return _first(alternatives, suits) or _first(outputs, suits)
 
 
 def _suits_equal(outputs: Arrays, inputs: Arrays) -> tuple[str, ...]:

@@ -99,7 +99,12 @@ def compressed_once(tiny: TinyFiles, tmp_path_factory: pytest.TempPathFactory) -
     """The network, compressed; not to be written to."""
     out = tmp_path_factory.mktemp("compressed") / "out"
     edgekit.compress(
-        tiny.model, out, calibration=tiny.data, evaluate=tiny.data, method=edgekit.Method(calibrator="kld")
+        tiny.model,
+        out,
+        calibration=tiny.data,
+        evaluate=tiny.data,
+        method=edgekit.Method(calibrator="kld"),
+        proxy="none",
     )
     return out
 

@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import edgekit
-from edgekit.boxes import layout_of, read_boxes
+from edgekit.boxes import both_found, layout_of, read_boxes
 from edgekit.errors import DataError
 from edgekit.graph.io import save_onnx
 from edgekit.method import Method
 from edgekit.proxy import Proxy, choose_proxy, in_focus, open_proxy
+from edgekit.records import Compressed
+from graphs import run
 from networks import Net
 
 Array = NDArray[Any]
@@ -265,3 +267,84 @@ def test_what_a_decision_hangs_on_is_compared_apart() -> None:
     assert focused["scores"].max() == pytest.approx(0.9)
     assert list(in_focus(Proxy("argmax", ("scores",)), scores() | {"state": np.zeros(3)})) == ["scores"]
     assert list(in_focus(Proxy("argmax", ("scores",)), {"state": np.zeros(3)})) == ["state"]
+
+
+def test_boxes_written_as_offsets_on_grids_are_found_in_pixels() -> None:
+    """8 x 8, 4 x 4 and 2 x 2 cells of 8, 16 and 32 pixels; the sizes of all but one are less than a cell."""
+    table = np.zeros((2, 84, 7), np.float32)
+    table[:, :, 2:4] = -1
+    table[0, 8 + 3] = [2.5, 0.5, np.log(2), np.log(4), 0.9, 0.95, 0]
+    table[1, 64 + 5] = [0.25, 0.5, 0, -1, 0.8, 0, 0.9]
+    first, second = read_boxes([table], layout_of([table]))
+    assert first.corners.tolist() == [pytest.approx([(3 + 2.5) * 8 - 8, 12 - 16, (3 + 2.5) * 8 + 8, 12 + 16])]
+    low = 16 * np.exp(-1) / 2
+    assert second.corners.tolist() == [pytest.approx([20 - 8, 24 - low, 20 + 8, 24 + low])]
+    assert both_found(first, first).tolist() == [1.0, 1.0]
+
+
+def test_numbers_that_are_neither_corners_nor_sizes_are_no_boxes() -> None:
+    table = rng().normal(0, 3, (2, 90, 7)).astype(np.float32)
+    table[:, :, 4:] = rng().uniform(0, 1, (2, 90, 3))
+    found = choose_proxy([{"t": table}], [{}])
+    assert found is None or found.kind != "boxes"
+
+
+def test_boxes_beside_prototypes_of_masks_have_no_scores_in_their_coefficients() -> None:
+    coefficients = rng().normal(0, 4, (2, 100, 8)).astype(np.float32)
+    table = np.concatenate([boxes(turned=False)["detections"], coefficients], axis=2).transpose(0, 2, 1)
+    outputs = {"table": table, "prototypes": rng().normal(0, 1, (2, 8, 16, 16)).astype(np.float32)}
+    assert choose_proxy([outputs], [{}]) == Proxy("boxes", ("table", "prototypes"))
+    maps = [outputs["table"], outputs["prototypes"]]
+    first, second = read_boxes(maps, layout_of(maps))
+    assert (first.classes.tolist(), second.classes.tolist()) == ([0, 1], [2])
+
+
+def test_probabilities_come_before_other_numbers() -> None:
+    offsets = {"box": rng().normal(0, 1, (16, 4)).astype(np.float32)}
+    assert choose_proxy([offsets | probabilities()], [{}]) == Proxy("argmax", ("p",))
+
+
+def test_a_text_may_be_read_from_scores_that_are_no_probabilities() -> None:
+    logits = rng().normal(0, 1, (6, 12, 40))
+    logits[:, ::2, 0] += 9
+    assert choose_proxy([{"steps": logits}], [{}]) == Proxy("text", ("steps",))
+    assert choose_proxy([{"steps": logits[:, :, :9]}], [{}]) != Proxy("text", ("steps",))
+
+
+@pytest.mark.parametrize("as_float", [False, True])
+def test_layers_behind_a_label_are_ranked_by_the_scores_that_it_is_chosen_from(as_float: bool, tmp_path: Path) -> None:
+    model, data = one_bad_layer()
+    label = ir.node("ArgMax", [model.graph.outputs[0]], {"axis": 1, "keepdims": 0}, name="label")
+    last = ir.node("Cast", label.outputs, {"to": 1 if as_float else 6}, name="cast")
+    last.outputs[0].name, last.outputs[0].shape = "label_y", ir.Shape(["n"])
+    last.outputs[0].type = ir.TensorType(ir.DataType.FLOAT if as_float else ir.DataType.INT32)
+    model.graph.extend([label, last])
+    model.graph.outputs[:] = last.outputs
+    save_onnx(model, tmp_path / "net.onnx")
+    record = edgekit.compress(tmp_path / "net.onnx", tmp_path / "out", calibration=data, method=PLAIN).record
+    assert record.proxy is not None and record.lifted is not None
+    assert (record.proxy.kind, record.lifted.lifted) == ("equal", ("b",))
+    assert record.proxy.before < 0.9 and record.proxy.after >= 0.98
+
+
+def test_a_metric_may_lose_two_points_unasked(bad: tuple[Path, Outputs], tmp_path: Path) -> None:
+    """More, and layers are left in float; with --proxy none they are not, with --max-drop as many as that says."""
+    path, data = bad
+    wanted = run(path, data)["b_y"].argmax(axis=1)
+
+    def agreement_of(runner: Any) -> float:
+        return float((runner(data)["b_y"].argmax(axis=1) == wanted).mean())
+
+    def compressed(name: str, **options: Any) -> Compressed:
+        return edgekit.compress(
+            path, tmp_path / name, calibration=data, method=PLAIN, evaluate=agreement_of, **options
+        ).record
+
+    record = compressed("default")
+    assert record.proxy is None and record.lifted is not None and record.lifted.lifted == ("b",)
+    assert record.simulated_metric is not None and record.simulated_metric.value >= 0.98
+    assert any(note.startswith("agreement_of at least 0.98 is met with b in float: 0.") for note in record.notes)
+    plain = compressed("plain", proxy="none")
+    assert plain.lifted is None and plain.simulated_metric is not None and plain.simulated_metric.value < 0.9
+    loose = compressed("loose", max_drop=99)
+    assert loose.lifted is not None and loose.lifted.lifted == ()

@@ -105,3 +105,12 @@ def test_a_runtimes_refusal_names_no_folder_that_is_gone(tmp_path: Path) -> None
         edgekit.export(tmp_path / "out", "x86-openvino")
     assert "partial" not in str(caught.value)
     assert "model.xml" in str(caught.value)
+
+
+@pytest.mark.parametrize(("batch", "told"), [(1, True), ("n", False)])
+def test_a_batch_of_one_is_told(batch: int | str, told: bool, tmp_path: Path) -> None:
+    build = GraphBuilder(opset=17)
+    y = build.op("MatMul", [build.input("x", [batch, 8]), build.weight("w", 8, 4)], "fc")
+    onnx.save(build.proto(y), tmp_path / "net.onnx")
+    record = edgekit.compress(tmp_path / "net.onnx", tmp_path / "out", calibration={"x": normal(48, 8)}).record
+    assert any(note.startswith("takes one sample at a time") for note in record.notes) == told

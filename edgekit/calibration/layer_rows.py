@@ -165,7 +165,9 @@ def collect_rows(
     names = list(dict.fromkeys(name for name, _ in found))
     for sample in run_samples(model, names, batches, share=share, threads=threads):
         for (name, geometry), parts in found.items():
-            parts.append((sample.checksum, _see(sample.real(name, geometry), geometry, each * sample.size)))
+            array = sample.real(name, geometry)
+            if array.size:  # what is selected from a sample may be nothing
+                parts.append((sample.checksum, _see(array, geometry, each * sample.size)))
     ordered = {key: sorted(parts, key=lambda part: part[0]) for key, parts in found.items() if parts}
     return {key: _joined([part for _, part in parts]) for key, parts in ordered.items()}
 

@@ -73,13 +73,15 @@ class StreamData:
     def examples(self, count: int) -> dict[str, Array] | tuple[Array, ...]:
         """See `edgekit.data.example_arrays`; at most the first item."""
         arrays = self._first.arrays
-        if isinstance(arrays, tuple):
-            return tuple(without_doubles(array[:count] if array.ndim else array) for array in arrays)
-        return {
-            name: without_doubles(array[:count] if array.ndim else array)
-            for name, array in arrays.items()
-            if name != LABELS
-        }
+        inputs = [array for name, array in arrays.items() if name != LABELS] if isinstance(arrays, dict) else arrays
+        # Arrays of different lengths, such as the state of a recurrent layer, are one call as they stand.
+        stop = count if len({len(array) for array in inputs if array.ndim}) == 1 else None
+        cut = [without_doubles(array[:stop] if array.ndim else array) for array in inputs]
+        return (
+            dict(zip([name for name in arrays if name != LABELS], cut, strict=True))
+            if isinstance(arrays, dict)
+            else tuple(cut)
+        )
 
     def items(self) -> Iterator[Item]:
         """A new pass over what the function yields.

@@ -29,6 +29,8 @@ def lower_integer(model: ir.Model) -> ir.Model:
     graph = model.graph
     sink_dequantize(graph)
     remove_dead(model)
+    for node in graph:
+        _refuse_half(node)
     absorbed: set[ir.Node] = set()
     for node in list(graph):
         unit = _regrid(node) if node.op_type == "QuantizeLinear" else match(node, absorb_row=True)
@@ -69,6 +71,15 @@ def _regrid(quantize: ir.Node) -> Unit | None:
     if source is None or not source.per_tensor or source.dtype not in CODE_RANGES or target.dtype not in CODE_RANGES:
         return None
     return Unit(quantize, (source,), (), target)
+
+
+def _refuse_half(node: ir.Node) -> None:
+    """The format ends in a DequantizeLinear whose scale is float32, and so is what it makes."""
+    scale = node.inputs[1] if node.op_type in ("QuantizeLinear", "DequantizeLinear") else None
+    if scale is not None and scale.dtype not in (None, ir.DataType.FLOAT):
+        refuse(
+            node, f"its scale is {scale.dtype.name}, and the format knows float32 alone: export the model in float32"
+        )
 
 
 def _refuse_float(node: ir.Node) -> None:

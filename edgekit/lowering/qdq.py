@@ -29,6 +29,8 @@ _BIAS = 2
 NARROW = ("int4", "int2")
 _LARGEST_BIAS = 2**30
 """In codes; what int32 holds beyond it is left to the sum of products."""
+_OF_ZEROS = 2.0**-10
+"""The scale of a weight of zeros, where any is right for the weight: a bias on the grid `input scale * weight scale` wants a fine one."""
 
 
 def lower_qdq(model: ir.Model, target: Target, *, keep_float: frozenset[str] = frozenset()) -> ir.Model:
@@ -80,7 +82,9 @@ def _regrid(model: ir.Model, target: Target) -> None:
         assert params is not None
         try:
             if is_constant(value):
-                set_params(value, _weight_grid(value, params, rules.weight.spec))
+                grid = _weight_grid(value, params, rules.weight.spec)
+                zeros = not numbers(value).any()
+                set_params(value, replace(grid, scale=np.full_like(grid.scale, _OF_ZEROS)) if zeros else grid)
             else:
                 set_params(value, _activation_grid(params, rules.activation.spec, rules.wide))
         except GraphError as error:

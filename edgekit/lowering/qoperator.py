@@ -174,8 +174,9 @@ WRITERS: dict[str, Callable[[Unit, Writer], ir.Value | None]] = {
 
 
 def _activation(found: Operand | None) -> TypeGuard[Operand]:
-    """One scale for the tensor and 8-bit codes."""
-    return found is not None and found.per_tensor and found.dtype in CODE_RANGES
+    """One scale for the tensor, in float32, which is all that these operators take, and 8-bit codes."""
+    in_float32 = found is not None and found.scale.dtype in (None, ir.DataType.FLOAT)
+    return found is not None and in_float32 and found.per_tensor and found.dtype in CODE_RANGES
 
 
 def _weight(found: Operand | None, activation: Operand) -> TypeGuard[Operand]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from edgekit.graph.operators import copy_type, int_attribute, is_constant
+from edgekit.graph.operators import copy_type, int_attribute, is_constant, is_float
 
 
 def pool_globally(model: ir.Model) -> ir.Model:
     """`ReduceMean(x, axes=all but the first two)` of a tensor of rank 3 to 5 becomes `GlobalAveragePool(x)`.
 
-    Without `keepdims` a Flatten follows: the two are the same where all reduced axes go.
+    Without `keepdims` a Flatten follows: the two are the same where all reduced axes go. Whole numbers and float64 stay, which no
+    runtime pools.
     """
     model = model.clone()
     for node in list(model.graph):
@@ -22,6 +23,8 @@ def pool_globally(model: ir.Model) -> ir.Model:
 def _is_global(node: ir.Node) -> bool:
     data = node.inputs[0]
     if data is None or data.shape is None or not 3 <= len(data.shape) <= 5:
+        return False
+    if not is_float(data) or data.dtype == ir.DataType.DOUBLE:
         return False
     rank = len(data.shape)
     if "axes" in node.attributes:

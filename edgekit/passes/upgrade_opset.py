@@ -1,4 +1,4 @@
-"""Bring a model of any opset from 7 on to the working opset."""
+"""Bring a model of any opset from 7 on to the working opset, or the newest that runtimes read."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from edgekit.errors import GraphError, SourceError
 from edgekit.graph.annotations import all_values, annotated_values, get_params, set_params
 from edgekit.graph.io import self_contained
 
-OLDEST = 7
+OLDEST, NEWEST = 7, 25
+"""The opsets that a source may have, and a target may ask for: runtimes have no kernels for the QuantizeLinear of later ones."""
 _BIG = 1024  # bytes; larger initializers stay out of the protobuf that the converter (C++, 2 GiB) is handed
 
 
 def upgrade_opset(model: ir.Model, *, opset: int) -> ir.Model:
-    """`model` at `opset` or later, converted by ONNX's own version converter.
+    """`model` at `opset` or later, up to `NEWEST`, converted by ONNX's own version converter.
 
     1. Model-local functions are inlined: the converter drops them.
     2. Big weights do not pass through the converter; nodes get back the metadata that it drops, tensors their attributes.
     3. Linear Upsample and Resize of opset 10 and older sample with "asymmetric" coordinates, which it forgets; a Pad that
-       mirrors may have had a value too, which it leaves where it is no longer allowed.
+       mirrors may have had a value too, which it leaves where it is no longer allowed. Bounds of a Clip and what a Pad fills with
+       become float32 tensors, whatever type they meet.
 
     The caller proves the result equal to the source by running both (`graph.equal.prove_equal`): other conversions
-    are wrong too (Hardmax of opset 12 and older), and nobody has a list.
+    are wrong too (Hardmax of opset 12 and older), and nobody has a list. A model later than `NEWEST` stays so if it has no older form.
 
     Raises:
         SourceError: the source is older than opset 7.
@@ -33,14 +35,14 @@ def upgrade_opset(model: ir.Model, *, opset: int) -> ir.Model:
     found = model.opset_imports.get("", opset)
     if found < OLDEST:
         raise SourceError(f"the model has opset {found}; {OLDEST} is the oldest that ONNX can upgrade: export it again")
+    source, wanted = model, opset if found < opset else min(found, NEWEST)
     model = model.clone()
-    if found >= opset:
+    if found == wanted:
         return model
     common.InlinePass()(model)
     _check_scans(model.graph, found)
     metadata = {node.outputs[0].name: dict(node.metadata_props) for node in model.graph if node.outputs}
     grids = {value.name: get_params(value) for value in annotated_values(model.graph)}
-    resampled = {node.outputs[0].name for node in model.graph if found <= 10 and node.op_type in ("Upsample", "Resize")}
     for node in model.graph:
         if node.op_type == "Pad" and "mode" in node.attributes and node.attributes["mode"].as_string() != "constant":
             node.attributes.pop("value", None)
@@ -48,8 +50,10 @@ def upgrade_opset(model: ir.Model, *, opset: int) -> ir.Model:
     proto = ir.to_proto(self_contained(model))
     proto.ir_version = max(proto.ir_version, 8)
     try:
-        upgraded = ir.from_proto(version_converter.convert_version(proto, opset))
+        upgraded = ir.from_proto(version_converter.convert_version(proto, wanted))
     except (RuntimeError, onnx.checker.ValidationError) as error:
+        if found > NEWEST:  # not all that is new has an old form, and runtimes may know it
+            return source.clone()
         raise GraphError(
             f"the model cannot be upgraded from opset {found} to {opset}: {error}; export it with a newer opset"
         ) from error
@@ -57,14 +61,30 @@ def upgrade_opset(model: ir.Model, *, opset: int) -> ir.Model:
     for value in all_values(upgraded.graph):
         set_params(value, grids.get(value.name))
     for node in upgraded.graph:
-        name = node.outputs[0].name if node.outputs else None
-        node.metadata_props.update(metadata.get(name, {}))
-        if node.op_type == "Resize" and name in resampled:
+        node.metadata_props.update(metadata.get(node.outputs[0].name if node.outputs else None, {}))
+    for node in upgraded.graph.all_nodes():
+        _retype_numbers(node)
+        # All of them, whatever their names: the converter gives outputs others.
+        if node.op_type == "Resize" and found <= 10:
             node.attributes["coordinate_transformation_mode"] = ir.AttrString(
                 "coordinate_transformation_mode", "asymmetric"
             )
             node.attributes["nearest_mode"] = ir.AttrString("nearest_mode", "floor")
     return upgraded
+
+
+def _retype_numbers(node: ir.Node) -> None:
+    """Give the bounds of a Clip, and the number that a Pad fills with, the type of what they meet."""
+    numbers = node.inputs[1:3] if node.op_type == "Clip" else node.inputs[2:3] if node.op_type == "Pad" else ()
+    dtype = node.inputs[0].dtype if numbers and node.inputs[0] is not None else None
+    for value in numbers:
+        constant = None if value is None else value.producer()
+        tensor = constant.attributes.get("value") if constant is not None and constant.op_type == "Constant" else None
+        if constant is None or tensor is None or dtype is None or tensor.as_tensor().dtype == dtype:
+            continue
+        array = tensor.as_tensor().numpy().astype("float64").clip(float(dtype.min), float(dtype.max))
+        constant.attributes["value"] = ir.AttrTensor("value", ir.tensor(array.astype(dtype.numpy()), dtype=dtype))
+        constant.outputs[0].type = ir.TensorType(dtype)
 
 
 def _check_scans(graph: ir.Graph, opset: int) -> None:

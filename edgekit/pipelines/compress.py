@@ -20,13 +20,11 @@ from edgekit.graph.contract import check_contract, contract
 from edgekit.graph.io import save_annotated
 from edgekit.graph.operators import Layer, layers
 from edgekit.graph.rules import check_operators
-from edgekit.graph.run import Session
-from edgekit.lowering.qdq import lower_qdq
 from edgekit.method import EVERYTHING, Method
 from edgekit.metric import Evaluate, Runner, open_metric
 from edgekit.output import check_folder, replaced_files, sha256, write_text
 from edgekit.pictures import draw, why_none
-from edgekit.pipelines.decision import bound, decision_notes, open_decision, settle
+from edgekit.pipelines.decision import Decision, bound, decision_notes, metric_decision, open_decision, settle
 from edgekit.pipelines.floor import Goal, changed_answer, lift_notes, look_at_worst, make_goal, meet
 from edgekit.pipelines.floor import explain as measure_layers
 from edgekit.pipelines.quantize import Calibrating, quantize
@@ -44,7 +42,18 @@ from edgekit.pipelines.sources import (
 from edgekit.pipelines.split import Arrays, calibrating_samples, first_batch, held_back, save_arrays
 from edgekit.progress import Progress, silent
 from edgekit.proxy import AUTO, NONE
-from edgekit.records import COMPRESSED, HELD_BACK, MODEL, Compressed, LayerRecord, LayerSensitivity, Source, versions
+from edgekit.records import (
+    COMPRESSED,
+    HELD_BACK,
+    MODEL,
+    Compressed,
+    LayerRecord,
+    LayerSensitivity,
+    Metric,
+    ProxyRecord,
+    Source,
+    versions,
+)
 from edgekit.report import write_report
 from edgekit.target import PORTABLE, Target, load_target
 
@@ -136,19 +145,18 @@ def compress(
     )
     graph, calibrating = loaded.graph, loaded.calibrating
     metric = None if evaluate is None else open_metric(evaluate, loaded.data.inputs, preprocess=preprocess)
-    decision = open_decision(graph, bound(loaded.verifying, graph), proxy) if metric is None else None
+    decision = _decision(graph, loaded, metric, proxy, asked=goal is not None)
     method, searched = find_method(graph, rules, method, plan, calibrating, metric, on_progress)
     graph = quantize(graph, rules, method, calibrating)
     found, distributions = _looked_at(graph, rules, calibrating, explain, goal, on_progress)
     graph, lifted = meet(graph, rules, goal, found, calibrating, metric, on_progress) if goal else (graph, None)
     graph, lifted, decided = settle(graph, rules, decision, lifted, calibrating, budget, out, on_progress)
-
-    measured = _measured(graph, rules, metric, evaluate, preprocess, on_progress)
+    measured = _measured(decision, decided)
     notes = chain(
         _remarks(graph, rules, loaded, method),
         search_notes(searched),
         lift_notes(lifted, decided.name if decided and not goal else ""),
-        decision_notes(decided),
+        decision_notes(decided) if metric is None else (),
         changed_answer(lifted, measured),
         loaded.remarks,
         _no_pictures() if explain else (),
@@ -156,7 +164,8 @@ def compress(
     record = Compressed(
         **_about(graph, rules, loaded, method),
         **measured,
-        proxy=decided,
+        evaluate=_reference(evaluate),
+        preprocess=preprocess,
         sensitivity=found,
         distributions=distributions,
         lifted=lifted,
@@ -212,6 +221,13 @@ def _is_judged(proxy: str, evaluate: object) -> bool:
             f"--proxy {proxy} and --evaluate are both given; the metric decides where there is one: drop one of them"
         )
     return evaluate is None and proxy != NONE
+
+
+def _decision(graph: ir.Model, loaded: _Loaded, metric: Evaluate | None, proxy: str, *, asked: bool) -> Decision | None:
+    """What judges the model; layers are left in float for it where nobody `asked` for a floor."""
+    if metric is not None:
+        return metric_decision(graph, metric, loaded.held, lift=proxy != NONE and not asked)
+    return open_decision(graph, bound(loaded.verifying, graph), proxy)
 
 
 def _looked_at(
@@ -281,24 +297,12 @@ def _remarks(graph: ir.Model, rules: Target, loaded: _Loaded, method: Method) ->
     return remarks(graph, rules, loaded.origin.name, loaded.calibrating.done, wanted=wanted)
 
 
-def _measured(
-    graph: ir.Model,
-    rules: Target,
-    metric: Evaluate | None,
-    evaluate: object,
-    preprocess: Preprocess | None,
-    on_progress: Progress,
-) -> dict[str, Any]:
-    """What measures the model, and the metric in float and with all numbers on their grids."""
-    on_progress("evaluate", 0, None)
-    about = {"evaluate": _reference(evaluate), "preprocess": preprocess}
-    if metric is None:
-        return about
-    simulated = lower_qdq(graph, rules)
-    return about | {
-        "float_metric": metric(Session(graph, optimize=True).run),
-        "simulated_metric": metric(Session(simulated, optimize=True).run),
-    }
+def _measured(decision: Decision | None, decided: ProxyRecord | None) -> dict[str, Any]:
+    """The metric, in float and with all numbers on their grids, or what stood in for it."""
+    if decision is None or decided is None or decision.float_metric is None:
+        return {"proxy": decided}
+    before = decision.float_metric
+    return {"float_metric": before, "simulated_metric": Metric(name=before.name, value=decided.after)}
 
 
 def _reference(evaluate: object) -> str:

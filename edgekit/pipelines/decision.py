@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -13,9 +14,10 @@ from numpy.typing import NDArray
 
 from edgekit.data import BoundData, open_data
 from edgekit.errors import GraphError
+from edgekit.graph.operators import is_constant, is_float
 from edgekit.graph.rules import quantized_nodes
 from edgekit.graph.run import Session
-from edgekit.lift import judge_outputs
+from edgekit.lift import Floor, judge_outputs
 from edgekit.lowering.qdq import lower_qdq
 from edgekit.metric import Evaluate
 from edgekit.pipelines.floor import explain, make_goal, meet
@@ -30,6 +32,8 @@ from edgekit.target import Target
 
 Arrays = Mapping[str, NDArray[Any]]
 
+MOST_LOST = 2.0
+"""Points of a metric that may be lost where nobody said how many."""
 FLOOR, FLOOR_DB = 0.98, 20.0
 """The share of decisions that must be kept; where outputs hold no decision, the least SQNR of the worst of them (dB)."""
 BUDGET_S = 120.0
@@ -45,21 +49,20 @@ class Decision:
     """How a model is judged.
 
     Attributes:
-        proxy: None where outputs are only compared as signals.
+        proxy: None where outputs are only compared as signals, or a metric decides.
         evaluate: the number, higher is better.
         floor: the least that is good enough.
+        floor_text: the floor as `--max-drop` would say it, in points that are lost.
         samples: how many decide.
+        float_metric: of the float model, where a metric decides.
     """
 
     proxy: Proxy | None
     evaluate: Evaluate
     floor: float
+    floor_text: str
     samples: int
-
-    @property
-    def floor_text(self) -> str:
-        """The floor as `--max-drop` would say it, in points that are lost."""
-        return f"{LARGEST_DB - self.floor:g}" if self.proxy is None else f"{100 * (1 - self.floor):g}"
+    float_metric: Metric | None = None
 
     def focus(self, outputs: Arrays) -> Arrays:
         """What of the outputs the decision hangs on."""
@@ -84,11 +87,26 @@ def open_decision(graph: ir.Model, samples: BoundData, kind: str = AUTO) -> Deci
     proxy = choose_proxy(floats, feeds, kind)
     count = sum(next((len(array) for array in batch.values() if array.ndim), 1) for batch in feeds)
     if proxy is not None:
-        return Decision(proxy, open_proxy(proxy, feeds, floats), FLOOR, count)
+        return Decision(proxy, open_proxy(proxy, feeds, floats), FLOOR, f"{100 * (1 - FLOOR):g}", count)
     if not any(array.dtype.kind == "f" for array in floats[0].values()):
         return None
     judge = judge_outputs(graph, feeds, cosine=False)
-    return Decision(None, lambda run: Metric(name=SQNR, value=judge(run)), FLOOR_DB, count)
+    lost = f"{LARGEST_DB - FLOOR_DB:g}"
+    return Decision(None, lambda run: Metric(name=SQNR, value=judge(run)), FLOOR_DB, lost, count)
+
+
+def metric_decision(graph: ir.Model, metric: Evaluate, samples: int, *, lift: bool) -> Decision:
+    """The user's own metric as the judge; with `lift`, of which no more than `MOST_LOST` points may be lost unasked.
+
+    Args:
+        graph: float.
+        metric: the number, higher is better.
+        samples: about how many it takes.
+        lift: leave layers in float where more is lost.
+    """
+    found = metric(Session(graph, optimize=True).run)
+    floor = Floor("points", MOST_LOST).needed(found.value) if lift else -math.inf
+    return Decision(None, metric, floor, f"{MOST_LOST:g}", samples, found)
 
 
 def bound(samples: Arrays, graph: ir.Model) -> BoundData:
@@ -109,15 +127,18 @@ def settle(
     """Leave layers in float until the simulated model decides as float does; not where that was done for another goal (`lifted`)."""
     if decision is None:
         return graph, lifted, None
-    on_progress("compare decisions with float", 0, None)
+    on_progress("evaluate" if decision.float_metric else "compare decisions with float", 0, None)
     begin, budget_s = time.monotonic(), budget_s or BUDGET_S
     try:
         before = after = decision.judge(graph, rules)
     except GraphError:  # grids that came with the source and that these rules cannot express: an export for others may
+        if decision.float_metric is not None:
+            raise
         return graph, lifted, None
     if lifted is None and before < decision.floor:
         samples = _affordable(graph, rules, (time.monotonic() - begin) / decision.samples, budget_s)
-        found = explain(graph, rules, calibrating, on_progress, samples=samples, focus=decision.focus)
+        seen = _with_numbers(graph)
+        found = explain(seen, rules, calibrating, on_progress, samples=samples, focus=decision.focus) if seen else ()
         if found:
             left = max(budget_s - (time.monotonic() - begin), budget_s / 4)
             goal = make_goal(decision.floor_text, left, out, has_metric=True)
@@ -146,6 +167,26 @@ def settle_target(
     return replace(stored, model=model), lifted
 
 
+def _with_numbers(graph: ir.Model) -> ir.Model | None:
+    """A model whose outputs are floats: where one is an index or a label, what that is chosen from. None where there is none."""
+    graph = graph.clone()
+    found: dict[ir.Value, None] = {}
+    waiting = list(graph.graph.outputs)
+    while waiting:
+        value = waiting.pop(0)
+        producer = value.producer()
+        if producer is None:
+            continue
+        inputs = [each for each in producer.inputs if each is not None and not is_constant(each)]
+        labels = producer.op_type == "Cast" and not any(map(is_float, inputs))
+        if is_float(value) and not labels:
+            found[value] = None
+        else:
+            waiting += inputs
+    graph.graph.outputs[:] = found
+    return graph if found else None
+
+
 def _affordable(graph: ir.Model, rules: Target, sample_s: float, budget_s: float) -> int:
     """How many samples may tell which layers hurt, in half the time: each layer runs on average half the graph on each."""
     cost = len(quantized_nodes(graph, rules)) * sample_s / 2
@@ -156,7 +197,7 @@ def _record(decision: Decision, before: float, after: float) -> ProxyRecord:
     """What to write down."""
     proxy = decision.proxy
     return ProxyRecord(
-        name=proxy.name if proxy else SQNR,
+        name=proxy.name if proxy else decision.float_metric.name if decision.float_metric else SQNR,
         kind=proxy.kind if proxy else "",
         outputs=proxy.outputs if proxy else (),
         floor=decision.floor,

@@ -58,6 +58,7 @@ def remarks(graph: ir.Model, rules: Target, source: str, samples: int, *, wanted
     elif inside:
         yield f"{sum(inside.values())} layers stay float, because they are inside {listed(inside)}"
     yield from _recurrent(graph.graph)
+    yield from _one_at_a_time(graph.graph)
     if not samples and annotated:
         yield "every tensor came with its grid: no range was chosen, and the calibration data only serves to verify exports"
     elif annotated and samples < FEW_SAMPLES:
@@ -97,6 +98,13 @@ def _recurrent(graph: ir.Graph) -> Iterator[str]:
         kinds = Counter(node.op_type for node in held)
         names = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         yield f"{names} stay float, with {100 * share:.0f} % of the model's numbers"
+
+
+def _one_at_a_time(graph: ir.Graph) -> Iterator[str]:
+    """A first axis of 1 is mostly a batch that was traced so, and cannot be told from one that has to be."""
+    inputs = [value for value in graph.inputs if not value.is_initializer() and value.shape]
+    if inputs and all(value.shape is not None and value.shape[0] == 1 for value in inputs):
+        yield "takes one sample at a time, as its source does: for larger batches export that with a dynamic batch axis"
 
 
 def _size(value: ir.Value | None) -> int:

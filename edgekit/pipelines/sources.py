@@ -187,7 +187,12 @@ def _without_labels(
         return examples
     import inspect
 
-    parameters = inspect.signature(module.forward).parameters
+    from edgekit.training.checkpoint import unwrapped
+
+    try:
+        parameters = inspect.signature(unwrapped(module).forward).parameters
+    except ValueError:  # a TorchScript module, which the exporter refuses by name
+        return examples
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return examples
     known = {name: array for name, array in examples.items() if name in parameters}

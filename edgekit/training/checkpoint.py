@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import sysconfig
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._export.verifier import SpecViolationError
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 
 from edgekit.errors import SourceError
 from edgekit.training.pickles import UNREADABLE, first_line, load_pickle, screened_program
+from edgekit.training.state_dict import NESTED, fill, some, states_in
 
 PICKLED = (".pt", ".pth", ".th", ".ckpt", ".bin")
 """Suffixes of files that `torch.save` wrote."""
 
-NESTED = ("state_dict", "model_state_dict", "model_state", "model", "ema_state_dict", "ema", "module", "net", "weights")
-"""Where training scripts put the weights, best first."""
+INDEX = ".index.json"
+"""The end of the name of the table that says which of several files holds which tensor."""
 
-WRAPPERS = ("module.", "_orig_mod.", "model.")
-"""Prefixes that DataParallel, torch.compile and Lightning put before every key."""
-
-_SHOWN = 5
 # The position of the argument `training`, by ATen operator.
 _TRAIN_FLAG = {"dropout": 2, "dropout_": 2, "batch_norm": 5, "_native_batch_norm_legit": 5, "native_dropout": 2}
 
@@ -37,7 +38,8 @@ _TRAIN_FLAG = {"dropout": 2, "dropout_": 2, "batch_norm": 5, "_native_batch_norm
 def load_checkpoint(path: Path, *, factory: Callable[[], object] | None, trust: bool = False) -> nn.Module:
     """The model in `path`, in eval mode on the CPU, its parameters in the types that the model declares.
 
-    A `.pt2` program needs no factory, nor does a whole pickled module; a state_dict goes into what `factory` returns.
+    A `.pt2` program needs no factory, nor does a whole pickled module; a state_dict goes into what `factory` returns: of several
+    in the file, under whatever prefix, the one that gives the model all its weights and has no others.
     `trust` lets pickled code run.
 
     Raises:
@@ -46,38 +48,54 @@ def load_checkpoint(path: Path, *, factory: Callable[[], object] | None, trust: 
     """
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise SourceError(f"checkpoint {path} {what}; give a .pt, .pth, .th, .safetensors or .pt2 file")
+        raise SourceError(f"checkpoint {path} {what}; give a .pt, .pth, .th, .safetensors or .pt2 file{_inside(path)}")
     suffix = path.suffix.lower()
     if suffix == ".pt2":
         return _load_program(path, trust=trust)
-    if suffix == ".safetensors":
-        state: object = _load_safetensors(path)
-    elif suffix in PICKLED:
-        state = _innermost(load_pickle(path, str(path), trust=trust))
-    else:
-        known = ", ".join((".pt2", ".safetensors", *PICKLED))
-        raise SourceError(f"checkpoint {path} has the unknown suffix {suffix!r}; known suffixes: {known}")
-    if isinstance(state, nn.Module):
-        return state.eval()
-    weights = _tensors(state, path)
+    found = _load_shards(path, trust=trust) if path.name.endswith(INDEX) else _load_file(path, trust=trust)
+    module = _pickled_module(found)
+    if module is not None:
+        return module.eval()
+    states = states_in(found, path)
     if factory is None:
         raise SourceError(f"{path} holds weights without their model; name its factory with --model FILE.py:factory")
     module = _build(factory)
-    _fill(module, weights, path)
+    fill(module, states, found, path)
     return module.eval()
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The model inside DataParallel, torch.compile and averaging, whose own forward says nothing about its inputs."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
+    while True:
+        inner = module.module if isinstance(module, wrappers) else getattr(module, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """A module in eval mode for a while: in training mode a forward pass would change its BatchNorms."""
-    was_training = [child for child in module.modules() if child.training]
-    for child in was_training:
+    """A module in eval mode for a while, then as it was: its modes, its buffers, and whatever its forward keeps in itself."""
+    # A lazy module becomes another one when it first runs, and stays that; TorchScript keeps what it has elsewhere.
+    kept = [child for child in module.modules() if not isinstance(child, LazyModuleMixin | torch.jit.ScriptModule)]
+    attributes = [(child, dict(vars(child)), dict(child._buffers)) for child in kept]
+    modes = [(child, child.training) for child in module.modules()]
+    contents = [(buffer, buffer.detach().clone()) for buffer in module.buffers() if not is_lazy(buffer)]
+    for child, _ in modes:
         child.training = False
     try:
         yield
     finally:
-        for child in was_training:
-            child.training = True
+        for child, before, buffers in attributes:
+            vars(child).clear()
+            vars(child).update(before)
+            child._buffers.clear()
+            child._buffers.update(buffers)
+        for child, training in modes:
+            child.training = training
+        for buffer, content in contents:
+            buffer.data.copy_(content)
 
 
 @contextmanager
@@ -99,6 +117,40 @@ def users_error(error: Exception) -> str:
     installed = (*sysconfig.get_paths().values(), str(Path(__file__).parent), "<")
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(installed)]
     return f"{told} ({frames[-1].filename}, line {frames[-1].lineno})" if frames else told
+
+
+def _inside(path: Path) -> str:
+    """Which files of a folder are checkpoints."""
+    files = [*path.glob(f"*{INDEX}"), *path.glob("*.safetensors"), *path.glob("*.bin")] if path.is_dir() else []
+    return f": it holds {some(sorted(file.name for file in files))}" if files else ""
+
+
+def _load_file(path: Path, *, trust: bool) -> object:
+    suffix = path.suffix.lower()
+    if suffix == ".safetensors":
+        return _load_safetensors(path)
+    if suffix in PICKLED:
+        return load_pickle(path, str(path), trust=trust)
+    known = ", ".join((".pt2", ".safetensors", *PICKLED))
+    raise SourceError(f"checkpoint {path} has the unknown suffix {suffix!r}; known suffixes: {known}")
+
+
+def _load_shards(path: Path, *, trust: bool) -> dict[str, Any]:
+    """The tensors of all files that an index names, which lie beside it."""
+    try:
+        names = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise SourceError(f"{path} is no index of a checkpoint's files: it has no table 'weight_map'") from error
+    tensors: dict[str, Any] = {}
+    for name in names:
+        shard = path.parent / str(name)
+        if shard.parent != path.parent or not shard.is_file():
+            raise SourceError(
+                f"{path} names the file {name!r}, which is not beside it; copy or download all files again"
+            )
+        part = _load_file(shard, trust=trust)
+        tensors |= part if isinstance(part, dict) else {}
+    return tensors
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
@@ -135,27 +187,12 @@ def _is_training(graph: torch.fx.Graph) -> bool:
     return False
 
 
-def _innermost(found: object) -> object:
-    """The module or the mapping of tensors, out of the dictionary that the training script saved."""
-    while isinstance(found, Mapping):
-        wrapped = [found[key] for key in NESTED if isinstance(found.get(key), Mapping | nn.Module)]
-        if not wrapped:
-            return found
-        found = wrapped[0]
-    return found
-
-
-def _tensors(state: object, path: Path) -> dict[str, Tensor]:
-    """The tensors of a state_dict; other entries that a checkpoint carries beside them are left out."""
-    if not isinstance(state, Mapping):
-        raise SourceError(f"{path} holds a {type(state).__name__}, no state_dict; save model.state_dict()")
-    weights = {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
-    if not weights:
-        keys = ", ".join(repr(key) for key in list(state)[:_SHOWN]) or "none"
-        raise SourceError(
-            f"{path} holds no tensors (its keys: {keys}); save model.state_dict(), alone or under 'state_dict'"
-        )
-    return weights
+def _pickled_module(found: object) -> nn.Module | None:
+    """A whole module, alone or where training scripts put it."""
+    if isinstance(found, nn.Module):
+        return found
+    inside = [found.get(key) for key in NESTED] if isinstance(found, Mapping) else []
+    return next((module for module in map(_pickled_module, inside) if module is not None), None)
 
 
 def _build(factory: Callable[[], object]) -> nn.Module:
@@ -170,54 +207,6 @@ def _build(factory: Callable[[], object]) -> nn.Module:
         raise SourceError(
             f"the model factory {name}() returned a {type(module).__name__}; it must return a torch.nn.Module"
         )
-    return module.cpu()
-
-
-def _fill(module: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """Copy the weights into the module, once every key and shape fits."""
-    expected = module.state_dict()
-    weights = _without_wrappers(weights, expected)
-    tied = {_place(expected[key]) for key in weights if isinstance(expected.get(key), Tensor)}
-    missing = [key for key, value in expected.items() if key not in weights and _place(value) not in tied]
-    unexpected = [key for key in weights if key not in expected]
-    misshapen = [
-        f"{key} {tuple(value.shape)} where the model has {tuple(expected[key].shape)}"
-        for key, value in weights.items()
-        if isinstance(expected.get(key), Tensor) and value.shape != expected[key].shape
-    ]
-    problems = [
-        f"{len(names)} {what}: {_some(names)}"
-        for what, names in (
-            ("missing", [key for key in missing if not key.endswith("num_batches_tracked")]),
-            ("unexpected", [key for key in unexpected if not key.endswith(("num_batches_tracked", "n_averaged"))]),
-            ("of another shape", misshapen),
-        )
-        if names
-    ]
-    if problems:
-        raise SourceError(
-            f"{path} does not fit the model {type(module).__name__}: {'; '.join(problems)}; "
-            "let the factory build the model with the arguments that it was trained with"
-        )
-    module.load_state_dict({key: value for key, value in weights.items() if key in expected}, strict=False)
-
-
-def _without_wrappers(weights: dict[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
-    """The weights under the names that the model was written with."""
-    for prefix in (*WRAPPERS, *WRAPPERS):
-        named = [key for key in weights if key != "n_averaged"]
-        if all(key.startswith(prefix) for key in named) and not any(key.startswith(prefix) for key in expected):
-            weights = {key.removeprefix(prefix): weights[key] for key in named}
-    return weights
-
-
-def _place(value: object) -> object:
-    """What two names of one shared tensor have in common, and no others do."""
-    if isinstance(value, Tensor) and value.numel():
-        return value.data_ptr(), value.shape, value.stride()
-    return id(value)
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    if any(value.is_meta for value in (*module.parameters(), *module.buffers())):
+        raise SourceError(f"the model factory {name}() made a model without numbers (device meta); build it on the CPU")
+    return unwrapped(module).cpu()

@@ -10,21 +10,17 @@ import ast
 import inspect
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from edgekit.errors import SourceError
 from edgekit.training.checkpoint import evaluating, quiet, users_error
+from edgekit.training.forward import Array, Call, calls, computing, exportable, named_tensors
 from edgekit.training.pickles import first_line
-
-Array = NDArray[np.generic]
 
 BATCH = "batch"
 """The name of the dynamic first dimension."""
@@ -40,88 +36,77 @@ def export_onnx(
 ) -> ir.Model:
     """The ONNX model of `module` in eval mode, its batch dynamic and named "batch".
 
-    Every example input whose first dimension is the batch `(N, ...)` gets a dynamic one; a tuple is positional, a dict
-    goes by the names of forward's parameters, which become the names of the graph's inputs. Outputs that forward
-    returns in a dict keep their keys. The same module and inputs give the same bytes.
+    Inputs: every one whose first dimension is the batch `(N, ...)` gets a dynamic one, or its second, as recurrent states have
+    it; other dimensions are those of the examples, unless a `torch.export` program has them dynamic. A model that takes one
+    batch size only gets a fixed batch of one, and one that takes samples without a batch has none. A tuple is positional, a
+    dict goes by the names of forward's parameters, which become the names of the graph's inputs.
+
+    Outputs: called as forward returns them, by key or field, `output_0` and so on in a tuple, nested ones behind a dot
+    (`aux.mask`), with `_out` added where an input has that name; what is no tensor is left out. A single tensor is called
+    after its operation.
+
+    Weights of other float types become float32 where forward works with that. The module is given back as it was. The same
+    module and inputs give the same bytes.
 
     Raises:
-        SourceError: the model does not run on the inputs, works for one batch size only, or has no ONNX equivalent.
+        SourceError: the model does not run on the inputs, or computes something that no graph can hold.
     """
-    args, kwargs = _as_tensors(example_inputs)
-    _check_signature(module, args, kwargs)
-    with evaluating(module):
-        program = _trace(module, args, kwargs)
-    model = _translate(program, module, args, kwargs, opset)
+    module = exportable(module)
+    errors = []
+    for call in calls(module, example_inputs):
+        try:
+            with computing(module, call):
+                return _export(module, call, opset)
+        except SourceError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _export(module: nn.Module, call: Call, opset: int) -> ir.Model:
+    name = type(module).__name__
+    try:
+        with evaluating(module):
+            outputs = list(call.run(module))
+    except SourceError:
+        raise
+    except Exception as error:  # whatever the user's code raises
+        raise SourceError(f"{name} does not run on the example inputs: {users_error(error)}") from error
+    if not outputs:
+        raise SourceError(f"{name}.forward returns no tensor, and a graph needs an output")
+    program = _trace(module, call)
+    model = _translate(program, module, call, opset)
     _name_initializers(model)
     _name_nodes(model)
     _name_inputs(model, program)
-    _name_outputs(model, program)
+    if outputs != ["output"]:
+        _name_outputs(model, outputs)
     _keep_data_only(model)
     return model
 
 
-def _as_tensors(inputs: tuple[Array, ...] | dict[str, Array]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """The example inputs with a batch of at least two, because torch takes a batch of one for a constant."""
-    arrays = list(inputs.values()) if isinstance(inputs, Mapping) else list(inputs)
-    if not any(array.ndim for array in arrays):
-        raise SourceError("the example inputs have no batch dimension; give at least one array of shape (N, ...)")
-    batch = _batch_size(arrays)
-    tensors = [
-        torch.from_numpy(np.concatenate([a, a]) if batch == 1 and _has_batch(a, batch) else a.copy()) for a in arrays
-    ]
-    if isinstance(inputs, Mapping):
-        return (), dict(zip(inputs, tensors, strict=True))
-    return tuple(tensors), {}
-
-
-def _batch_size(arrays: list[Any]) -> int:
-    return next(int(array.shape[0]) for array in arrays if array.ndim)
-
-
-def _has_batch(array: Any, batch: int) -> bool:
-    return array.ndim > 0 and int(array.shape[0]) == batch
-
-
-def _check_signature(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-    signature = inspect.signature(module.forward)
+def _trace(module: nn.Module, call: Call) -> torch.export.ExportedProgram:
+    hook = module.register_forward_hook(lambda module, args, result: tuple(named_tensors(result).values()))
     try:
-        signature.bind(*args, **kwargs)
-    except TypeError as error:
-        given = ", ".join(kwargs) or f"{len(args)} positional"
-        raise SourceError(
-            f"the example inputs ({given}) do not fit {type(module).__name__}.forward{signature}: {error}; "
-            "name and count them as forward does"
-        ) from error
-
-
-def _trace(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> torch.export.ExportedProgram:
-    name = type(module).__name__
-    try:
-        with quiet(), torch.no_grad():
-            module(*args, **kwargs)
-    except Exception as error:  # whatever the user's code raises
-        raise SourceError(f"{name} does not run on the example inputs: {users_error(error)}") from error
-    try:
-        with quiet(), torch.no_grad():
-            return torch.export.export(module, args, kwargs, dynamic_shapes=_dynamic_shapes(module, args, kwargs))
+        with quiet(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            return torch.export.export(module, call.args, call.kwargs, dynamic_shapes=_dynamic_shapes(module, call))
     except Exception as error:  # whatever the user's code raises while torch traces it
-        raise SourceError(f"{name} cannot be exported: {_reason(error)}") from error
+        raise SourceError(f"{type(module).__name__} cannot be exported: {_reason(error)}") from error
+    finally:
+        hook.remove()
 
 
-def _dynamic_shapes(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> dict[str, Any]:
-    """The batch dimension of each input, by parameter of forward; `*args` take a tuple, `**kwargs` a dict."""
-    batch = _batch_size([*args, *kwargs.values()])
+def _dynamic_shapes(module: nn.Module, call: Call) -> dict[str, Any] | None:
+    """The batch dimension of each input, by parameter of forward; `*args` take a tuple."""
     dim = torch.export.Dim(BATCH)
 
     def dynamic(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return {0: dim} if _has_batch(value, batch) else None
         if isinstance(value, tuple):
             return tuple(dynamic(item) for item in value)
-        return {key: dynamic(item) for key, item in value.items()}
+        opened: dict[int, Any] = dict.fromkeys(call.open_axes.get(id(value), ()), torch.export.Dim.AUTO)
+        return opened | ({call.axes[id(value)]: dim} if id(value) in call.axes else {}) or None
 
-    bound = inspect.signature(module.forward).bind(*args, **kwargs)
-    return {name: dynamic(value) for name, value in bound.arguments.items()}
+    bound = inspect.signature(module.forward).bind(*call.args, **call.kwargs)
+    return {name: dynamic(value) for name, value in bound.arguments.items()} if call.axes else None
 
 
 def _reason(error: Exception) -> str:
@@ -132,8 +117,13 @@ def _reason(error: Exception) -> str:
         return (
             f"its code works only for the batch size {fixed[1]} that it was traced with (torch: the dimension "
             f"{BATCH!r} was specialized to {fixed[1]}); "
-            "take sizes from x.shape[0] or -1 and keep no buffer of batch size, or export the .pt2 with a dynamic batch"
+            "take sizes from x.shape[0] or -1, without int() or len(), and keep no buffer of batch size, "
+            "or export the .pt2 with a dynamic batch"
         )
+    if "Constraints violated" in text:
+        guards = re.findall(r"guard (\(?.+?\)?)\.\n", text)
+        told = f" (torch: {guards[0]})" if guards else ""
+        return f"its code does something else for some batch sizes{told}; make it the same for all"
     if "data-dependent" in text:
         where = re.findall(r'File "([^"]+)", line (\d+), in forward', text)
         place = f" ({where[-1][0]}, line {where[-1][1]})" if where else ""
@@ -145,19 +135,18 @@ def _reason(error: Exception) -> str:
 def _translate(
     program: torch.export.ExportedProgram,
     module: nn.Module,
-    args: tuple[Tensor, ...],
-    kwargs: dict[str, Tensor],
+    call: Call,
     opset: int,
 ) -> ir.Model:
     try:
         with quiet():
             exported = torch.onnx.export(
                 program,
-                args,
-                kwargs=kwargs,
+                call.args,
+                kwargs=call.kwargs,
                 dynamo=True,
                 opset_version=opset,
-                dynamic_shapes=_dynamic_shapes(module, args, kwargs),  # the program forgets the name of the dimension
+                dynamic_shapes=_dynamic_shapes(module, call),  # the program forgets the name of the dimension
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
@@ -236,17 +225,26 @@ def _name_inputs(model: ir.Model, program: torch.export.ExportedProgram) -> None
         value.name = str(name)
 
 
-def _name_outputs(model: ir.Model, program: torch.export.ExportedProgram) -> None:
-    """Give outputs that forward returns in a dict their keys as names."""
-    spec = program.call_spec.out_spec
-    structure = pytree.tree_unflatten(list(range(len(model.graph.outputs))), spec) if spec else None
-    if not isinstance(structure, Mapping):
-        return
-    taken = _value_names(model)
-    for key, position in structure.items():
-        value = model.graph.outputs[position] if isinstance(position, int) else None
-        if value is not None and value.producer() is not None and str(key) not in taken:
-            value.name = str(key)
+def _name_outputs(model: ir.Model, names: Sequence[str]) -> None:
+    """Give outputs the names under which forward returns them; values inside that have such a name get another."""
+    graph = model.graph
+    for index, value in enumerate(graph.outputs):
+        if value.producer() is None or any(
+            value is other for other in graph.outputs[:index]
+        ):  # an input, a weight, a second time
+            node = ir.node("Identity", [value])
+            node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
+            graph.append(node)
+            graph.outputs[index] = node.outputs[0]
+    inner = {value.name: value for node in graph.all_nodes() for value in node.outputs if not value.is_graph_output()}
+    taken = {value.name for value in graph.inputs} | set(graph.initializers)
+    for value, name in zip(graph.outputs, names, strict=True):
+        while name in taken:
+            name = f"{name}_out"
+        taken.add(name)
+        if name in inner:
+            inner[name].name = f"{name}_inner"
+        value.name = name
 
 
 def _value_names(model: ir.Model) -> set[str | None]:
