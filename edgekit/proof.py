@@ -25,6 +25,8 @@ KEPT_SLICE_DB, LOST_SLICE_DB = 10.0, 3.0
 """A class, a box coordinate, a channel that the simulation keeps at least so well may not come out this far from it: one of many weighs
 little in the whole output.
 """
+NOTHING = 1e-20
+"""The energy of what some runtimes make of exact zeros."""
 LARGEST_AXIS = 4096
 LOST_ELEMENTS = 0.1
 """Share of whole numbers, such as indices among equals, that may part from the simulation's."""
@@ -224,7 +226,7 @@ def _sqnr_db(name: str, a: Sequence[Arrays], reference: Sequence[Arrays]) -> flo
             signal += float(np.sum(right**2, where=finite))
     if not np.isfinite(noise):
         return -200.0
-    if noise == 0.0:
+    if noise == 0.0 or (signal == 0.0 and noise < NOTHING):
         return 200.0
     return float(np.clip(10 * np.log10(max(signal, 1e-300) / noise), -200.0, 200.0))
 

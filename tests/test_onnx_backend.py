@@ -97,9 +97,9 @@ def test_a_model_without_a_float32_tensor_has_no_wide_one() -> None:
     assert wide_names(mark_wide(model, [{"x": np.ones((1, 2), np.float16)}])) == []
 
 
-def test_what_computes_in_float64_stays_float(tmp_path: Path) -> None:
+def test_what_computes_in_float64_is_quantized_in_float32(tmp_path: Path) -> None:
     [row] = ran(cases()["test_flexattention_double_expanded_ver26+constants"], RUNTIMES[:1], tmp_path / "case")
-    assert (row.outcome, row.reason) == (FLOAT, "")
+    assert (row.outcome, row.reason) == (INT8, "")
 
 
 def test_nan_where_the_source_has_nan_is_no_disagreement(tmp_path: Path) -> None:

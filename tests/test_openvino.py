@@ -22,6 +22,7 @@ from edgekit.lowering.qdq import lower_qdq
 from edgekit.passes.simplify import simplify
 from edgekit.target import Device
 from edgekit_openvino import OpenVinoBackend
+from graphs import GraphBuilder
 from networks import (
     Net,
     annotate,
@@ -432,3 +433,15 @@ def test_feeds_that_do_not_fit_are_refused_in_the_runtimes_words(tmp_path: Path)
         loaded.run({"x": np.zeros((1, 4, 16, 16), np.float32)})
     with pytest.raises(BackendError, match="OpenVINO fails to run"):
         loaded.run({"y": np.zeros((1, 3, 16, 16), np.float32)})
+
+
+def test_a_crash_of_the_reader_is_survived_and_told(tmp_path: Path) -> None:
+    """OpenVINO's reader dies of a Pad that wraps around in front of two Clips."""
+    build = GraphBuilder(opset=25)
+    x = build.op("LeakyRelu", [build.input("x", ["n", 12, 6])], "leaky")
+    x = build.op("Pad", [x, build.constant("pads", np.array([0, 0, 2, 0, 0, 2]))], "wrap", mode="wrap")
+    low, high = build.constant("low", np.float32(2)), build.constant("high", np.float32(7))
+    y = build.op("Clip", [build.op("Clip", [x, "", low], "first"), low, high], "second")
+    onnx.save(build.proto(y), tmp_path / "net.onnx")
+    with pytest.raises(BackendError, match=r"net\.onnx: OpenVINO crashed while it read the model \(exit code -11"):
+        BACKEND.convert(tmp_path / "net.onnx", TARGET, tmp_path, precision="int8")

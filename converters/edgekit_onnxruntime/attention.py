@@ -15,6 +15,8 @@ from edgekit_onnxruntime.matmul import DOMAIN, PRODUCT, fuse_matmuls, keep_resid
 
 _OLDEST = 15
 """The first opset whose Shape takes a part of the shape."""
+_LONGEST = 24
+"""Nodes between a layer and the product with the values; there are about ten."""
 
 
 def fuse_transformer(lowered: ir.Model) -> ir.Model:
@@ -46,7 +48,9 @@ def fuse_attention(model: ir.Model) -> ir.Model:
     writer = _AttentionWriter(model.graph)
     for node in list(model.graph):
         found = find_attention(node)
-        if found is not None and not writer.write_quantized(found):
+        if found is None or found.result.dtype == ir.DataType.DOUBLE:  # which neither operator takes
+            continue
+        if not writer.write_quantized(found):
             writer.write_float(found)
     remove_dead(model)
     if writer.written:
@@ -74,7 +78,7 @@ class _AttentionWriter:
         layer = found.query.source.producer()
         padding = None if found.mask is None else padding_mask(found.mask, list(self.graph.inputs))
         hidden = found.mask is None or (padding is not None and self._covers(padding, found.query.source))
-        if layer is None or not hidden or not _packed(layer, parts):
+        if layer is None or not hidden or not _packed(layer, parts, found.context):
             return False
         writer = Writer(self.graph, layer)
         codes, weight, x_scale, w_scale, x_zero, w_zero, bias = (*layer.inputs, None, None)[:7]
@@ -171,10 +175,12 @@ class _AttentionWriter:
         return self._columns[part.source][part.start // part.width]
 
 
-def _packed(layer: ir.Node, parts: tuple[Part, ...]) -> bool:
-    """Whether three parts are all there is of one layer on codes, and nothing else reads it."""
+def _packed(layer: ir.Node, parts: tuple[Part, ...], context: ir.Node) -> bool:
+    """Whether three parts are all there is of one layer on codes, and nothing but the attention reads it or its heads."""
     reader = only_reader(layer.outputs[0])
     if layer.op_type != PRODUCT or layer.domain != DOMAIN or reader is None:
+        return False
+    if not _leads_only(layer.outputs[0], context):
         return False
     if reader.op_type == "Split" and any(only_reader(output) is None for output in reader.outputs):
         return False
@@ -190,6 +196,14 @@ def _packed(layer: ir.Node, parts: tuple[Part, ...]) -> bool:
         and weight.shape[1] == 3 * width
         and rank == 3
     )
+
+
+def _leads_only(value: ir.Value, end: ir.Node, steps: int = _LONGEST) -> bool:
+    """Whether all that is made of a value goes into one node, which is near."""
+    if value.is_graph_output() or steps == 0:
+        return False
+    readers = [use.node for use in value.uses() if use.node is not end]
+    return all(_leads_only(output, end, steps - 1) for reader in readers for output in reader.outputs)
 
 
 def _unsigned(

@@ -10,6 +10,8 @@ from edgekit.lowering.writer import node_name
 
 NEARLY_ZERO = 1e-30
 """Vanishes in every sum of float32 numbers that matter, and is no zero, which OpenVINO would drop."""
+NEARLY_ZERO_HALF = 2.0**-24
+"""The same in float16, whose least number this is."""
 
 
 def add_biases(model: ir.Model) -> ir.Model:
@@ -41,8 +43,9 @@ def _register(graph: ir.Graph, node: ir.Node) -> ir.Value:
     per_group = weight.shape.numpy()[1 if transposed else 0]
     channels = per_group * int_attribute(node, "group", 1) if transposed else per_group
     name = f"{node_name(node)}/nearly_zero"
-    array = np.full(channels, NEARLY_ZERO, np.float32)
-    value = ir.Value(name=name, shape=ir.Shape([channels]), type=ir.TensorType(ir.DataType.FLOAT))
-    value.const_value = ir.tensor(array, name=name)
+    dtype = weight.dtype or ir.DataType.FLOAT
+    number = NEARLY_ZERO_HALF if dtype == ir.DataType.FLOAT16 else NEARLY_ZERO
+    value = ir.Value(name=name, shape=ir.Shape([channels]), type=ir.TensorType(dtype))
+    value.const_value = ir.tensor(np.full(channels, number, dtype.numpy()), dtype=dtype, name=name)
     graph.register_initializer(value)
     return value

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,43 +17,34 @@ import openvino as ov
 from edgekit.backend import Artifact, Feeds, KernelRecord, Outputs
 from edgekit.errors import BackendError
 from edgekit.target import Target
+from edgekit_openvino import convert
 
 _PRECISIONS = {"i8": "int8", "u8": "int8", "f32": "f32", "bf16": "bf16", "f16": "f16", "i32": "int32", "i64": "int64"}
 _NO_KERNEL = ("Input", "Output", "Const", "Parameter", "Result", "Constant")
 
 
 def save_ir(model: Path, path: Path) -> None:
-    """Read an ONNX file and save it as OpenVINO IR, weights in the precision that they have.
+    """Read an ONNX file and save it as OpenVINO IR, in a process of its own.
 
     Raises:
-        BackendError: with OpenVINO's words.
+        BackendError: with OpenVINO's words, or that it crashed.
     """
-    try:
-        network = ov.Core().read_model(model)
-        _name_outputs(network, model)
-        ov.save_model(network, path, compress_to_fp16=False)
-    except RuntimeError as error:
-        raise BackendError(f"{model}: OpenVINO refuses the model: {_reason(error)}") from error
-
-
-def _name_outputs(network: Any, model: Path) -> None:
-    """Give the operations that make the outputs the names of their ONNX nodes, as all others have; OpenVINO names them by tensor."""
     producers = {value.name: value.producer() for value in ir.load(model).graph.outputs}
-    for output in network.outputs:
-        node = producers.get(_output_name(output))
-        if node is not None and node.name:
-            output.get_node().input_value(0).get_node().set_friendly_name(node.name)
+    names = json.dumps({name: node.name for name, node in producers.items() if node is not None and node.name})
+    command = [sys.executable, "-P", convert.__file__, str(model), str(path), names]
+    ended = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if ended.returncode == convert.REFUSED:
+        raise BackendError(f"{model}: OpenVINO refuses the model: {ended.stdout.strip()}")
+    if ended.returncode:
+        last = " ".join(ended.stderr.strip().splitlines()[-3:]) or "it wrote nothing"
+        raise BackendError(
+            f"{model}: OpenVINO crashed while it read the model (exit code {ended.returncode}; its last words: {last}); try another version"
+        )
 
 
 def has_bfloat16() -> bool:
     """Whether OpenVINO computes in bfloat16 on this CPU."""
     return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-
-
-def _output_name(output: Any) -> str:
-    """The ONNX name of an output; its tensor has several names where OpenVINO found two equal computations."""
-    name = str(output.get_node().get_friendly_name()).removesuffix("/sink_port_0")
-    return name if name in output.get_names() else str(output.get_any_name())
 
 
 class OpenVinoModel:
@@ -69,8 +63,8 @@ class OpenVinoModel:
         try:
             self._compiled = ov.Core().compile_model(artifact.path, "CPU", config)
         except RuntimeError as error:
-            raise BackendError(f"{artifact.path}: OpenVINO refuses the model: {_reason(error)}") from error
-        self._names = [_output_name(output) for output in self._compiled.outputs]
+            raise BackendError(f"{artifact.path}: OpenVINO refuses the model: {convert.reason(error)}") from error
+        self._names = [convert.output_name(output) for output in self._compiled.outputs]
 
     def run(self, feeds: Feeds) -> Outputs:
         """Run one inference: arrays by input name in, arrays by output name out."""
@@ -78,7 +72,7 @@ class OpenVinoModel:
         try:
             request.infer(dict(feeds))
         except RuntimeError as error:
-            raise BackendError(f"{self._path}: OpenVINO fails to run: {_reason(error)}") from error
+            raise BackendError(f"{self._path}: OpenVINO fails to run: {convert.reason(error)}") from error
         tensors = [request.get_output_tensor(i) for i in range(len(self._names))]
         return {name: np.array(tensor.data) for name, tensor in zip(self._names, tensors, strict=True)}
 
@@ -127,10 +121,3 @@ def source_names(original: str) -> tuple[str, ...]:
 
 def _text(info: Any, key: str) -> str:
     return str(info[key].astype(str)) if key in info else ""
-
-
-def _reason(error: RuntimeError) -> str:
-    """OpenVINO's message without the lines that name its own source files."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    kept = [line for line in lines if line and not line.startswith(("Exception from", "Check '"))]
-    return " ".join(kept or lines)[:600]

@@ -12,11 +12,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgekit.data import Dataset, InputSpec, example_arrays
-from edgekit.errors import DataError, SourceError
+from edgekit.errors import DataError, GraphError, SourceError
 from edgekit.graph.annotations import annotated_values, attach
 from edgekit.graph.equal import prove_equal
 from edgekit.graph.finite import check_finite
 from edgekit.graph.io import load_onnx
+from edgekit.graph.run import Session
 from edgekit.output import sha256
 from edgekit.passes.drop_concat_split import drop_concat_split
 from edgekit.passes.expand_integer import expand_integer
@@ -27,6 +28,7 @@ from edgekit.passes.fold_softmax import fold_softmax
 from edgekit.passes.pack_matmuls import pack_matmuls
 from edgekit.passes.pool_globally import pool_globally
 from edgekit.passes.simplify import simplify
+from edgekit.passes.to_float32 import computes_in_others, to_float32
 from edgekit.passes.upgrade_opset import upgrade_opset
 from edgekit.records import Source
 from edgekit.reference import resolve_reference
@@ -129,13 +131,34 @@ def canonicalize(model: ir.Model, feeds: Mapping[str, NDArray[np.generic]], *, o
     original = attach(model)
     upgraded = simplify(upgrade_opset(original, opset=opset))
     check_finite(upgraded)
-    prove_equal(original, upgraded, feeds)
+    if computes_in_others(upgraded):
+        upgraded = _in_float32(original, upgraded, feeds)
+    else:
+        prove_equal(original, upgraded, feeds)
     expanded = expand_integer(upgraded)
     quantized = any(node.op_type in QDQ for node in expanded.graph)
     folded = fold_fake_quant(expanded) if quantized else expanded
     canonical = simplify(pool_globally(fold_batchnorm(folded)))
     prove_equal(folded, canonical, feeds)
     return canonical
+
+
+def _in_float32(original: ir.Model, upgraded: ir.Model, feeds: Mapping[str, NDArray[np.generic]]) -> ir.Model:
+    """A model of half or double precision in float32; as it came where that is not the same.
+
+    ONNX Runtime has not every operator in every type, so that there may be nothing to compare with.
+    """
+    converted = simplify(to_float32(upgraded))
+    try:
+        Session(original, optimize=False).run(feeds)
+    except GraphError:
+        return converted
+    try:
+        prove_equal(original, converted, feeds)
+    except GraphError:
+        prove_equal(original, upgraded, feeds)
+        return upgraded
+    return converted
 
 
 def rewrite(model: ir.Model, feeds: Mapping[str, NDArray[np.generic]]) -> ir.Model:
@@ -155,9 +178,15 @@ def input_specs(model: ir.Model) -> list[InputSpec]:
     """The inputs that a caller has to give.
 
     Raises:
-        DataError: an input of a type that no array has.
+        DataError: an input or output of a type that no array has.
     """
     specs = []
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.dtype == ir.DataType.BFLOAT16 and not value.is_initializer():
+            raise DataError(
+                f"{value.name!r} of the model is bfloat16, which arrays cannot hold; export it with float32 inputs and outputs "
+                "(the weights may be bfloat16)"
+            )
     for value in model.graph.inputs:
         if value.is_initializer():
             continue
