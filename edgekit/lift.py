@@ -21,9 +21,9 @@ from edgekit.graph.run import Session
 from edgekit.lowering.qdq import lower_qdq
 from edgekit.metric import Evaluate, Runner
 from edgekit.progress import Progress, silent
-from edgekit.records import Lifted, LiftState, LiftTrial
 from edgekit.sensitivity import Fidelity, check_batches, check_float_output
 from edgekit.target import Target
+from edgekit.trials import Lifted, LiftState, LiftTrial
 
 Arrays = Mapping[str, NDArray[np.generic]]
 

@@ -157,13 +157,22 @@ def _suits_boxes(outputs: Arrays, inputs: Arrays) -> tuple[str, ...]:
 
 def _suits_text(outputs: Arrays, inputs: Arrays) -> tuple[str, ...]:
     def suits(array: Array) -> bool:
-        if array.ndim != 3 or array.shape[1] < LEAST_STEPS or array.shape[2] < 3:
+        if array.ndim != 3:
+            return False
+        array = _by_sample(array)
+        if array.shape[1] < LEAST_STEPS or array.shape[2] < 3:
             return False
         if array.shape[2] < LEAST_LETTERS and not _distribution(array, 2):
             return False
         return bool(_blank(array) is not None)
 
     return _first(outputs, suits)
+
+
+def _by_sample(array: Array) -> Array:
+    """Steps of a text as `(N, steps, classes)`; one sample at a time they may come as `(steps, 1, classes)`."""
+    turned = array.shape[1] == 1 and array.shape[0] >= LEAST_STEPS
+    return array.transpose(1, 0, 2) if turned else array
 
 
 def _blank(array: Array) -> int | None:
@@ -228,9 +237,10 @@ def _agree_boxes(found: Sequence[Array], wanted: Sequence[Array]) -> NDArray[np.
 
 
 def _agree_text(found: Sequence[Array], wanted: Sequence[Array]) -> NDArray[np.float64]:
-    blank = _blank(wanted[0])
-    pairs = zip(_texts(found[0], blank), _texts(wanted[0], blank), strict=True)
-    return np.array([ours == theirs for ours, theirs in pairs], np.float64)
+    ours, theirs = _by_sample(found[0]), _by_sample(wanted[0])
+    blank = _blank(theirs)
+    pairs = zip(_texts(ours, blank), _texts(theirs, blank), strict=True)
+    return np.array([mine == other for mine, other in pairs], np.float64)
 
 
 def _texts(array: Array, blank: int | None) -> list[list[int]]:

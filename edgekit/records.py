@@ -16,7 +16,7 @@ from edgekit.method import Method
 from edgekit.output import sha256
 from edgekit.target import Target
 from edgekit.toml_file import Table
-from edgekit.trials import Searched
+from edgekit.trials import Lifted, Searched
 
 MODEL = "model.onnx"
 HELD_BACK = "held_back.npz"
@@ -26,11 +26,20 @@ BENCHMARKS = "benchmark.json"
 
 
 class Source(Table):
-    """Where a model came from."""
+    """Where a model came from; `opset` is that of an ONNX file."""
 
     name: str
     kind: str
     sha256: str = ""
+    opset: int | None = None
+
+
+class PortRecord(Table):
+    """An input that a caller has to give, or an output; see `edgekit.graph.contract.Port`."""
+
+    name: str
+    dtype: str
+    dims: tuple[int | str | None, ...] | None
 
 
 class Metric(Table):
@@ -146,7 +155,7 @@ class FileRecord(Table):
 
 
 class Manifest(Table):
-    """`manifest.json` of one export."""
+    """`manifest.json` of one export; `inputs` and `outputs` are the source's, and `opset` is that of the lowered graph."""
 
     edgekit: str
     versions: dict[str, str]
@@ -159,6 +168,9 @@ class Manifest(Table):
     format: str
     artifact: str
     artifact_files: tuple[str, ...]
+    inputs: tuple[PortRecord, ...] = ()
+    outputs: tuple[PortRecord, ...] = ()
+    opset: int = 0
     files: tuple[FileRecord, ...]
     kept_float: tuple[str, ...] = ()
     proof: Proof = Proof()
@@ -319,44 +331,6 @@ class LayerSensitivity(Table):
     output_sqnr_db: float
     output_cosine: float
     metric: float | None = None
-
-
-class LiftTrial(Table):
-    """What a model is worth with some of its quantized nodes in float, sorted by name; higher is better."""
-
-    lifted: tuple[str, ...]
-    value: float
-
-
-class LiftState(Table):
-    """What a search has tried so far; `key` stands for the model, the target, the samples and what is measured."""
-
-    key: str
-    trials: tuple[LiftTrial, ...] = ()
-
-
-class Lifted(Table):
-    """What it took to meet an accuracy floor.
-
-    Attributes:
-        floor: as the user gave it.
-        met: the simulated model meets it.
-        float_value, needed, before, after: the number that decides: of the float model, at the floor, with nothing lifted, and with
-            `lifted` in float.
-        lifted: the layers to keep in float, in the order of the ranking.
-        finished: the search came to its end, and no smaller set was found; else its time was up.
-        state: gives the search what it knows when it goes on.
-    """
-
-    floor: str
-    met: bool
-    float_value: float | None
-    needed: float
-    before: float
-    after: float
-    lifted: tuple[str, ...]
-    finished: bool
-    state: LiftState
 
 
 class PlacementStep(Table):

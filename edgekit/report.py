@@ -211,6 +211,8 @@ def _export(manifest: Manifest) -> list[str]:
         f"- `{manifest.artifact}` ({manifest.format}, {manifest.artifact_bytes:,} bytes), {ran}; "
         f"{proof.samples} held-back samples in batches of {', '.join(map(str, proof.batch_sizes))}"
     ]
+    if manifest.opset and manifest.source.opset not in (None, manifest.opset):
+        lines.append(f"- opset {manifest.opset}; the source has {manifest.source.opset}")
     if proof.other_sizes:
         lines.append(f"- checked in another size than calibration's too: {', '.join(proof.other_sizes)}")
     lines += [f"- output `{output.name}`: {_distance(output)}" for output in proof.outputs]

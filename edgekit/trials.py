@@ -58,3 +58,41 @@ def _said(value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+class LiftTrial(Table):
+    """What a model is worth with some of its quantized nodes in float, sorted by name; higher is better."""
+
+    lifted: tuple[str, ...]
+    value: float
+
+
+class LiftState(Table):
+    """What a search has tried so far; `key` stands for the model, the target, the samples and what is measured."""
+
+    key: str
+    trials: tuple[LiftTrial, ...] = ()
+
+
+class Lifted(Table):
+    """What it took to meet an accuracy floor.
+
+    Attributes:
+        floor: as the user gave it.
+        met: the simulated model meets it.
+        float_value, needed, before, after: the number that decides: of the float model, at the floor, with nothing lifted, and with
+            `lifted` in float.
+        lifted: the layers to keep in float, in the order of the ranking.
+        finished: the search came to its end, and no smaller set was found; else its time was up.
+        state: gives the search what it knows when it goes on.
+    """
+
+    floor: str
+    met: bool
+    float_value: float | None
+    needed: float
+    before: float
+    after: float
+    lifted: tuple[str, ...]
+    finished: bool
+    state: LiftState

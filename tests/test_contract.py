@@ -116,6 +116,12 @@ def test_every_export_keeps_the_contract(target: str, tmp_path: Path) -> None:
     promised = contract(load_onnx(tmp_path / "net.onnx"))
     check_contract(promised, load_onnx(result.folder / "model.onnx"))
     assert [str(port) for port in promised.inputs] == ["float of N x 3 x H x W", "int64 of N x 1"]
+    assert [(port.name, port.dtype, port.dims) for port in result.manifest.inputs] == [
+        ("x", "float", ("N", 3, "H", "W")), ("k", "int64", ("N", 1)),
+    ]  # fmt: skip
+    assert [port.name for port in result.manifest.outputs] == [y, z]
+    assert (result.manifest.source.opset, result.manifest.opset) == (13, 21)
+    assert "- opset 21; the source has 13" in (tmp_path / "out/report.md").read_text()
     if target == "cuda-tensorrt":
         assert result.manifest.proof.other_sizes == ()
         assert any("takes 'x' in the size of the samples only" in note for note in result.manifest.notes)

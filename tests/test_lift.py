@@ -16,9 +16,10 @@ from edgekit.lift import Floor, keep_float, lift, parse_floor
 from edgekit.lowering.qdq import lower_qdq
 from edgekit.method import Method
 from edgekit.metric import Evaluate, Runner
-from edgekit.records import LiftState, Metric
+from edgekit.records import Metric
 from edgekit.sensitivity import Fidelity
 from edgekit.target import load_target
+from edgekit.trials import LiftState
 from graphs import Array
 from networks import annotate, residual_net, samples, simulate, text, token_net
 

@@ -311,6 +311,17 @@ def test_a_text_may_be_read_from_scores_that_are_no_probabilities() -> None:
     assert choose_proxy([{"steps": logits[:, :, :9]}], [{}]) != Proxy("text", ("steps",))
 
 
+def test_a_text_may_come_with_its_steps_first() -> None:
+    logits = rng().normal(0, 1, (12, 1, 40))
+    logits[::2, :, 0] += 9
+    other = logits.copy()
+    other[1, 0, 7] += 20
+    assert choose_proxy([{"steps": logits}] * 3, [{}] * 3) == Proxy("text", ("steps",))
+    evaluate = open_proxy(Proxy("text", ("steps",)), [{"x": np.array(0)}, {"x": np.array(1)}], [{"steps": logits}] * 2)
+    assert evaluate(lambda feeds: {"steps": logits}).value == 1.0
+    assert evaluate(lambda feeds: {"steps": other if feeds["x"] else logits}).value == 0.5
+
+
 @pytest.mark.parametrize("as_float", [False, True])
 def test_layers_behind_a_label_are_ranked_by_the_scores_that_it_is_chosen_from(as_float: bool, tmp_path: Path) -> None:
     model, data = one_bad_layer()

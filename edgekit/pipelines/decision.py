@@ -26,9 +26,10 @@ from edgekit.pipelines.sources import input_specs
 from edgekit.pipelines.stored import Stored
 from edgekit.progress import Progress
 from edgekit.proxy import AUTO, NONE, Proxy, choose_proxy, in_focus, open_proxy
-from edgekit.records import Lifted, Metric, ProxyRecord
+from edgekit.records import Metric, ProxyRecord
 from edgekit.sensitivity import LARGEST_DB
 from edgekit.target import Target
+from edgekit.trials import Lifted
 
 Arrays = Mapping[str, NDArray[Any]]
 

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import edgekit
 from edgekit.backend import Artifact, get_backend
 from edgekit.errors import BackendError, EdgekitError, GoalError, OutputError, TargetError
+from edgekit.graph.contract import contract
 from edgekit.graph.io import load_onnx
 from edgekit.graph.magnitudes import mark_wide, wide_names
 from edgekit.graph.rules import check_operators
@@ -38,6 +40,7 @@ from edgekit.records import (
     FileRecord,
     Manifest,
     Metric,
+    PortRecord,
     TunedPlacement,
     read_record,
     versions,
@@ -269,6 +272,7 @@ def _describe(
         format=job.format,
         artifact=artifact.path.name,
         artifact_files=tuple(file.name for file in artifact.files),
+        **_ports(job),
         files=tuple(
             FileRecord(name=file.name, bytes=file.stat().st_size, sha256=sha256(file))
             for file in sorted(job.folder.iterdir())
@@ -286,6 +290,16 @@ def _describe(
     )
     write_text(job.folder / MANIFEST, json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n")
     return manifest
+
+
+def _ports(job: Job) -> dict[str, Any]:
+    """What a caller has to know."""
+    promised = contract(job.model)
+    inputs, outputs = (
+        tuple(PortRecord(name=port.name, dtype=port.dtype.lower(), dims=port.dims) for port in ports)
+        for ports in (promised.inputs, promised.outputs)
+    )
+    return {"inputs": inputs, "outputs": outputs, "opset": load_onnx(job.folder / MODEL).opset_imports.get("", 0)}
 
 
 def _measure_metric(job: Job, artifact: Artifact, metric: Evaluate | None) -> tuple[Metric | None, str]:

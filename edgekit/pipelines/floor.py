@@ -27,9 +27,10 @@ from edgekit.pipelines.quantize import Calibrating
 from edgekit.pipelines.remarks import listed
 from edgekit.pipelines.split import BATCH_SIZE
 from edgekit.progress import Progress
-from edgekit.records import LayerSensitivity, Lifted, LiftState, read_record
+from edgekit.records import LayerSensitivity, read_record
 from edgekit.sensitivity import Arrays, rank, sensitivity
 from edgekit.target import Target
+from edgekit.trials import Lifted, LiftState
 
 SAMPLES = 64
 """Calibration samples that errors are measured on."""

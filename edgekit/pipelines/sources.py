@@ -61,7 +61,8 @@ def load_source(
     if path is not None and path.suffix.lower() == ".onnx":
         if factory is not None:
             raise SourceError(f"{path}: an ONNX file holds its model; --model is for checkpoints: leave it out")
-        return load_onnx(path), Source(name=path.name, kind="onnx", sha256=sha256(path))
+        model = load_onnx(path)
+        return model, Source(name=path.name, kind="onnx", sha256=sha256(path), opset=model.opset_imports.get(""))
     # Torch takes seconds to import, and an ONNX file does not need it.
     from edgekit.training.check_export import check_export
     from edgekit.training.export_onnx import export_onnx
