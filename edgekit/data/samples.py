@@ -83,6 +83,11 @@ def as_array(value: Any, source: str) -> Array:
         array = np.asarray(value)
     except (TypeError, ValueError) as error:
         raise DataError(f"{source}: a {type(value).__name__} is no array of numbers ({error})") from error
+    if array.ndim and array.dtype.kind in "SU":
+        raise DataError(
+            f"{source}: holds text (numpy {array.dtype}); models are given numbers and truth values here: let the part of the model "
+            "that turns text into numbers run before it, and give what that makes"
+        )
     if array.dtype.kind in "OSUVMm":
         raise DataError(f"{source}: a {type(value).__name__} is no array of numbers; give numpy arrays")
     return array

@@ -41,7 +41,10 @@ class Session:
         try:
             self._session = _open(model, options)
         except ORT_ERRORS as error:
-            raise GraphError(f"ONNX Runtime cannot load the model: {first_line(error)}") from error
+            if not optimize:
+                raise GraphError(f"ONNX Runtime cannot load the model: {first_line(error)}") from error
+            # Its fusions break some graphs, such as a LayerNormalization in parts behind a Cast.
+            self._session = Session(model, optimize=False, threads=threads)._session
         self.input_names: list[str] = [i.name for i in self._session.get_inputs()]
         self.output_names: list[str] = [o.name for o in self._session.get_outputs()]
 
