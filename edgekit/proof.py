@@ -27,6 +27,8 @@ little in the whole output.
 """
 NOTHING = 1e-20
 """The energy of what some runtimes make of exact zeros."""
+FLOAT_NOISE = 1e-6
+"""Of an output's largest number: what a runtime's own float functions are off by, such as a Sigmoid far from 0."""
 LARGEST_AXIS = 4096
 LOST_ELEMENTS = 0.1
 """Share of whole numbers, such as indices among equals, that may part from the simulation's."""
@@ -173,11 +175,15 @@ def lost_slices(simulated: Sequence[Arrays], floats: Sequence[Arrays]) -> list[s
 
 
 def _slices_db(name: str, a: Sequence[Arrays], reference: Sequence[Arrays], axis: int) -> NDArray[np.float64] | None:
-    """The SQNR (dB) of each slice along an axis; 200 for slices of zeros. None for what has no such slices or too many."""
+    """The SQNR (dB) of each slice along an axis; 200 for slices of zeros, and for noise that no float arithmetic is without.
+
+    None for what has no such slices or too many.
+    """
     sizes = {array[name].shape[axis] if array[name].ndim > axis else 0 for array in (*a, *reference)}
     if len(sizes) != 1 or not 2 <= min(sizes) <= LARGEST_AXIS:
         return None
-    signal = noise = np.zeros(min(sizes))
+    signal = noise = count = np.zeros(min(sizes))
+    peak = 0.0
     for ours, theirs in zip(a, reference, strict=True):
         x, y = ours[name], theirs[name]
         if x.shape != y.shape or not np.issubdtype(y.dtype, np.floating):
@@ -187,9 +193,12 @@ def _slices_db(name: str, a: Sequence[Arrays], reference: Sequence[Arrays], axis
         finite = np.isfinite(left) & np.isfinite(right)
         noise = noise + np.sum((np.where(finite, left, 0) - np.where(finite, right, 0)) ** 2, axis=others)
         signal = signal + np.sum(np.where(finite, right, 0) ** 2, axis=others)
+        count = count + x.size / len(noise)
+        peak = max(peak, float(np.abs(right, where=finite, out=np.zeros_like(right)).max(initial=0)))
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = 10 * np.log10(signal / noise)
-    return np.where((noise > 0) & (signal > 0), np.clip(ratios, -200.0, 200.0), 200.0)
+    told = (noise > count * (FLOAT_NOISE * peak) ** 2) & (signal > 0)
+    return np.where(told, np.clip(ratios, -200.0, 200.0), 200.0)
 
 
 def _other_codes(output: OutputProof, simulated: Sequence[Arrays], floats: Sequence[Arrays]) -> str:

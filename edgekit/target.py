@@ -120,6 +120,8 @@ class Weights(Table):
         dynamic: who quantizes activations at inference: "graph" by operators for it, in front of MatMul and Gemm; "runtime" by
             itself, when it meets weights as codes; "never".
         tables: look up "codes", "dequantize" before the look-up, or "float".
+        recurrent: of LSTM, GRU and RNN: "codes", which the runtime makes floats of once; "dynamic" for LSTMs whose activations were
+            asked to get their scale at run time, else "float"; or always "float".
     """
 
     matmul: dict[WeightType, tuple[BlockSize, ...]] = Field(default_factory=dict)
@@ -130,6 +132,7 @@ class Weights(Table):
     conv: tuple[WeightType, ...] = ()
     dynamic: Literal["graph", "runtime", "never"] = "never"
     tables: Literal["codes", "dequantize", "float"] = "float"
+    recurrent: Literal["codes", "dynamic", "float"] = "float"
 
 
 class Runtime(Table):

@@ -285,7 +285,10 @@ USED_UP = iter([numbered(4, 3), numbered(4, 3)])
         (lambda: 5, r"gives a int; expected an iterable"),
         (lambda: USED_UP, r"returns the same iterator again"),
         (lambda: ["text"], r"a str is no array of numbers"),
-        (lambda: [np.array(["a", "bc"])], r"holds text \(numpy <U2\); models are given numbers and truth values here: let the part"),
+        (
+            lambda: [np.array(["a", "bc"])],
+            r"holds text \(numpy <U2\); models are given numbers and truth values here: let the part",
+        ),
         (lambda: [numbered(0, 3)], r"yields no samples"),
         (lambda: [numbered(4, 3), numbered(4, 2, 3)], r"begins with sample 4 is unlike the first one"),
         (lambda: [(numbered(4, 3), np.arange(4)), numbered(4, 3)], r"begins with sample 4 is unlike the first one"),

@@ -202,3 +202,19 @@ def test_what_quantization_itself_loses_is_told() -> None:
     [told] = lost_slices(batches(heads(0.0)), batches(heads(1.0)))
     assert "nothing is left of 1 of its 5 slices along axis 2 (index 4)" in told
     assert lost_slices(batches(heads(1.0)), batches(heads(1.0, noise=0.01))) == []
+
+
+def test_what_float_arithmetic_is_off_by_loses_no_slice() -> None:
+    """A row of a map that is all but empty, which a runtime's Sigmoid gets as wrong as any float; and one that is really lost."""
+    rng = np.random.default_rng(0)
+    floats = rng.uniform(0, 1, (4, 1, 8, 8)).astype(np.float32)
+    floats[:, :, 3] = 1e-9
+    ran = floats.copy()
+    ran[:, :, 3] = 1e-8
+    proof = compare([{"map": ran}], [{"map": floats}], [{"map": floats}])
+    assert proof.agrees is True
+    floats[:, :, 3] = ran[:, :, 3] = 1e-3
+    ran[:, :, 3] *= -1
+    proof = compare([{"map": ran}], [{"map": floats}], [{"map": floats}])
+    assert proof.agrees is False
+    assert "is lost at index 3 of axis 2" in proof.reason

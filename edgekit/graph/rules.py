@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from edgekit.errors import TargetError
 from edgekit.graph.annotations import get_params
-from edgekit.graph.operators import LINEAR, Roles, dims, is_constant, is_float, roles
+from edgekit.graph.operators import FLOATS, LINEAR, Roles, dims, is_constant, is_float, roles
 from edgekit.target import Target
 
 PRECISION = "edgekit.precision"
@@ -19,6 +19,12 @@ ACTIVATIONS = "edgekit.activations"
 """The metadata key of layers whose activations have no grid: "dynamic" where it is found at run time, "none" where they stay float."""
 LEAST_TABLE = 1 << 16
 """Elements; what a smaller table would save is not worth a node."""
+
+LEAST_RECURRENT = 1 << 14
+"""The same for the weights of an operator with a memory."""
+RECURRENT = ("LSTM", "GRU", "RNN")
+RECURRENT_WEIGHTS = (1, 2)
+"""Their inputs W `(directions, gates * hidden, inputs)` and R `(directions, gates * hidden, hidden)`."""
 
 POOLS = ("AveragePool", "GlobalAveragePool")
 _TO_SOFTMAX = (
@@ -97,6 +103,19 @@ def precision(node: ir.Node) -> str:
 def embeddings(graph: ir.Graph) -> list[ir.Node]:
     """The Gather nodes that look up rows of a large constant table `(rows, columns)` of floats, and are its only readers."""
     return [node for node in graph if node.op_type == "Gather" and not node.domain and _looks_up(node)]
+
+
+def recurrent(graph: ir.Graph) -> list[ir.Node]:
+    """The LSTM, GRU and RNN nodes whose weights are constants that are worth a node."""
+    return [node for node in graph if node.op_type in RECURRENT and not node.domain and _remembers(node)]
+
+
+def _remembers(node: ir.Node) -> bool:
+    tensors = [
+        value.const_value for value in (node.inputs[i] for i in RECURRENT_WEIGHTS) if value and is_constant(value)
+    ]
+    known = [tensor for tensor in tensors if tensor is not None and tensor.dtype in FLOATS]
+    return len(known) == len(RECURRENT_WEIGHTS) and sum(tensor.size for tensor in known) >= LEAST_RECURRENT
 
 
 def _looks_up(gather: ir.Node) -> bool:

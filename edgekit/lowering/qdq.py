@@ -13,6 +13,7 @@ from edgekit.graph.annotations import DTYPES, annotated_values, fresh_name, get_
 from edgekit.graph.operators import Roles, copy_type, is_constant
 from edgekit.lowering.grid_writer import GridWriter, numbers
 from edgekit.lowering.placement import Placement, place
+from edgekit.lowering.recurrent import lower_recurrent
 from edgekit.lowering.saturation import reduce_range
 from edgekit.lowering.shift import shift_one_sided
 from edgekit.lowering.tables import lower_tables
@@ -37,7 +38,7 @@ def lower_qdq(model: ir.Model, target: Target, *, keep_float: frozenset[str] = f
     """The annotated `model` as the Quantize/DequantizeLinear graph that `target` asks for.
 
     0. Weights lose a bit where the target wants that.
-    1. Tables that are looked up, and weights of layers whose activations have no grid, become codes.
+    1. Tables that are looked up, and weights of operators with a memory and of layers whose activations have no grid, become codes.
     2. All other grids are re-expressed on the target's types, one-sided ones with a shift where only symmetric grids are had.
     3. `place` decides which tensors pass through Q/DQ and who reads them, by the target's rules.
     4. Activation functions that saturation makes redundant go out.
@@ -59,6 +60,7 @@ def lower_qdq(model: ir.Model, target: Target, *, keep_float: frozenset[str] = f
         reduce_range(model)
     lowering = _Lowering(model.graph, target)
     lower_tables(lowering, target, keep_float)
+    lower_recurrent(model, lowering, target, keep_float)
     lower_weights(model, lowering, target, keep_float)
     shift_one_sided(model, lowering, target, keep_float)
     _regrid(model, target)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from edgekit.graph.annotations import annotated_values, get_params, set_params
 from edgekit.graph.operators import is_constant, roles
-from edgekit.graph.rules import ACTIVATIONS
+from edgekit.graph.rules import ACTIVATIONS, RECURRENT
 from edgekit.target import Target
 
 VNNI = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
@@ -43,6 +43,8 @@ def reduce_range(model: ir.Model) -> None:
 
 
 def _meets_codes(node: ir.Node, weight: ir.Value) -> bool:
+    if node.op_type in RECURRENT:
+        return node.metadata_props.get(ACTIVATIONS) == "dynamic"
     parts = roles(node)
     multiplies = parts is not None and parts.weight is not None and node.inputs[parts.weight] is weight
     return multiplies and node.metadata_props.get(ACTIVATIONS) != "none"

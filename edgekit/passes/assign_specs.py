@@ -8,7 +8,16 @@ import onnx_ir as ir
 
 from edgekit.graph.annotations import get_params, set_wish
 from edgekit.graph.operators import Roles, is_constant
-from edgekit.graph.rules import ACTIVATIONS, PRECISION, absorbed_output, embeddings, quantized_nodes, shares_grid
+from edgekit.graph.rules import (
+    ACTIVATIONS,
+    PRECISION,
+    RECURRENT_WEIGHTS,
+    absorbed_output,
+    embeddings,
+    quantized_nodes,
+    recurrent,
+    shares_grid,
+)
 from edgekit.method import EVERYTHING, Method
 from edgekit.quant.spec import WIDE, QuantSpec
 from edgekit.target import Target
@@ -23,6 +32,7 @@ def assign_specs(model: ir.Model, target: Target, method: Method = EVERYTHING) -
     2. The output of a quantized node, behind the activation function that is absorbed into it.
     3. Every tensor that shares a grid with a marked one (Concat, pass-through operators).
     4. Tables that are looked up (embeddings), one scale for each row.
+    5. Weights of operators with a memory, one scale for each row of both directions.
 
     With other than static activations, only constants are marked; a weight that came in blocks takes no others. A tensor that one
     layer wants in 16 bits has 16.
@@ -56,7 +66,20 @@ def assign_specs(model: ir.Model, target: Target, method: Method = EVERYTHING) -
         table = gather.inputs[0]
         assert table is not None
         set_wish(table, TABLE, 0)
+    for node in recurrent(model.graph):
+        _mark_recurrent(node, method.for_layer(node.name or ""))
     return model
+
+
+def _mark_recurrent(node: ir.Node, method: Method) -> None:
+    if method.precision == "float" and method.activations == "static":
+        return
+    if method.activations != "static":
+        node.metadata_props[ACTIVATIONS] = method.activations
+    for index in RECURRENT_WEIGHTS:
+        weight = node.inputs[index]
+        assert weight is not None, "only constants come here"
+        set_wish(weight, TABLE, 1)
 
 
 def assign_precisions(model: ir.Model, method: Method) -> ir.Model:

@@ -7,13 +7,12 @@ from collections.abc import Collection, Iterator
 
 import onnx_ir as ir
 
-from edgekit.graph.annotations import annotated_values
+from edgekit.graph.annotations import annotated_values, get_params
 from edgekit.graph.operators import FLOATS, LINEAR, is_constant
-from edgekit.graph.rules import quantized_nodes, scaled_across
+from edgekit.graph.rules import RECURRENT, quantized_nodes, scaled_across
 from edgekit.records import MODEL
 from edgekit.target import Target
 
-RECURRENT = ("LSTM", "GRU", "RNN")
 WORTH_A_WORD = 0.05
 """Of a model's numbers."""
 FEW_SAMPLES = 32
@@ -90,7 +89,7 @@ def _recurrent(graph: ir.Graph) -> Iterator[str]:
     held = {
         node: sum(_size(value) for value in node.inputs)
         for node in graph
-        if node.op_type in RECURRENT and not node.domain
+        if node.op_type in RECURRENT and not node.domain and get_params(node.inputs[1]) is None
     }
     total = sum(_size(value) for value in graph.initializers.values())
     share = sum(held.values()) / max(total, 1)
