@@ -349,9 +349,7 @@ def _print_compressed(result: CompressResult) -> None:
     from edgekit.report import summary
 
     record = result.record
-    click.echo(
-        f"{result.model}: {record.source.name} for {record.target!r}, {record.method.summary} from {record.samples} samples"
-    )
+    click.echo(f"{result.model}: {record.source.name} for {record.target!r}, {record.how}")
     if record.float_metric and record.simulated_metric:
         name, before, after = record.float_metric.name, record.float_metric.value, record.simulated_metric.value
         click.echo(f"  {name}: {before:.4f} in float, {after:.4f} in simulated int8")

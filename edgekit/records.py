@@ -101,6 +101,11 @@ class Compressed(Table):
     lifted: Lifted | None = None
     searched: Searched | None = None
 
+    @property
+    def how(self) -> str:
+        """The method in a few words, and how many samples chose ranges, if any."""
+        return f"{self.method.summary} from {self.samples} samples" if self.samples else self.method.summary
+
 
 class OutputProof(Table):
     """One output of an artifact, on its own runtime, against the simulation and against float.

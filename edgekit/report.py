@@ -185,7 +185,7 @@ def _markdown(
 
 def _compression(compressed: Compressed) -> list[str]:
     lines = [
-        f"- compressed for `{compressed.target}` with {compressed.method.summary} from {compressed.samples} samples; "
+        f"- compressed for `{compressed.target}` with {compressed.how}; "
         f"{compressed.held_back} more were held back to verify exports with",
         f"- edgekit {compressed.edgekit}, "
         + ", ".join(f"{name} {number}" for name, number in compressed.versions.items()),

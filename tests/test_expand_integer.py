@@ -21,8 +21,9 @@ from edgekit.graph.annotations import annotated_values, get_params
 from edgekit.graph.io import load_annotated, load_onnx, save_onnx
 from edgekit.graph.run import Session
 from edgekit.method import Method
-from edgekit.passes.expand_integer import computes_on_codes, expand_integer, unpacked
+from edgekit.passes.expand_integer import computes_on_codes, expand_integer
 from edgekit.pipelines.sources import canonicalize
+from edgekit.quant.packed import unpacked, with_positive_scales
 from graphs import Array, GraphBuilder, normal
 from networks import Net, residual_net
 
@@ -210,9 +211,45 @@ def test_weights_in_packed_blocks_come_back(bits: int, symmetric: bool, tmp_path
     assert sqnr(output(load_onnx(result.folder / "model.onnx"), feeds), output(model, feeds)) > 15
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_tables_in_packed_blocks_come_back(symmetric: bool, tmp_path: Path) -> None:
+    logging.getLogger("onnxruntime.quantization").setLevel(logging.ERROR)
+    build = GraphBuilder(opset=21)
+    rows = build.op("Gather", [build.weight("table", 50, 64), build.input("ids", ["n", 6], TensorProto.INT64)], "embed")
+    onnx.save(build.proto(build.op("MatMul", [rows, build.weight("w", 64, 4)], "head")), tmp_path / "float.onnx")
+    made: Any = MatMulNBitsQuantizer(
+        onnx.load(tmp_path / "float.onnx"), block_size=32, is_symmetric=symmetric, accuracy_level=1,
+        op_types_to_quantize=("MatMul", "Gather"), quant_axes=(("MatMul", 0), ("Gather", 1)),
+    )  # fmt: skip
+    made.process()
+    onnx.save(made.model.model, tmp_path / "packed.onnx")
+    source, feeds = load_onnx(tmp_path / "packed.onnx"), {"ids": np.random.default_rng(0).integers(0, 50, (8, 6))}
+    assert "GatherBlockQuantized" in {node.op_type for node in source.graph}
+    folded = canonicalize(source, feeds, opset=21)
+    assert {node.op_type for node in folded.graph} == {"Gather", "MatMul"}
+    assert sqnr(output(folded, feeds), output(source, feeds)) > 80
+
+
 def test_codes_are_unpacked_from_the_lowest_bits_on() -> None:
     assert unpacked(np.array([[0xE4]], np.uint8), 2).tolist() == [[0, 1, 2, 3]]
     assert unpacked(np.array([[0x21, 0x43]], np.uint8), 4).tolist() == [[1, 2, 3, 4]]
+
+
+def test_negative_scales_are_turned_without_a_loss() -> None:
+    rng = np.random.default_rng(3)
+    codes, zero = rng.integers(0, 16, (5, 10)), rng.integers(0, 16, (5, 3))
+    scale = rng.normal(0, 1, (5, 3))
+    scale[1, 1] = 0
+    codes[1, 4:8] = zero[1, 1]
+    turned = with_positive_scales(codes, scale, zero, bits=4, block_size=4)
+    assert turned[1].min() > 0
+    assert min(turned[0].min(), turned[2].min()) >= 0 and max(turned[0].max(), turned[2].max()) <= 15
+
+    def numbers(c: Array, s: Array, z: Array) -> Array:
+        block = np.arange(10) // 4
+        return np.asarray((c - z[:, block]) * s[:, block])
+
+    np.testing.assert_array_equal(numbers(*turned), numbers(codes, scale, zero))
 
 
 def integer_sum(build: GraphBuilder) -> str:
@@ -271,5 +308,5 @@ def test_dequantize_on_the_command_line(cli: Callable[..., Any], tmp_path: Path)
         str(tmp_path / "out"),
     )  # fmt: skip
     assert done.code == 0, done.stderr
-    assert "dynamic.onnx for 'portable', float" in done.stdout
+    assert "dynamic.onnx for 'portable', float\n" in done.stdout
     assert sqnr(output(load_onnx(tmp_path / "out/model.onnx"), feeds), output(model, feeds)) > 30

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from edgekit.errors import GraphError
 from edgekit.graph.annotations import all_values, fresh_name
 from edgekit.graph.operators import copy_type, int_attribute, is_constant
-
-Array = NDArray[Any]
+from edgekit.quant.packed import Array, unpacked, with_positive_scales
 
 CONTRIB = "com.microsoft"
 FLOAT = ir.DataType.FLOAT
@@ -28,7 +25,7 @@ def expand_integer(model: ir.Model) -> ir.Model:
     1. `QLinearConv`, `QLinearMatMul`, `QGemm`, `QLinearAdd`, ...: DequantizeLinear on what they read, QuantizeLinear on their output.
     2. A product of codes that DynamicQuantizeLinear makes of floats reads the floats; the Cast and Mul that scaled it back go.
     3. `DynamicQuantizeMatMul`, `MatMulIntegerToFloat`, `MatMulNBits`: floats, and a weight behind DequantizeLinear.
-    4. `DynamicQuantizeLSTM`: an LSTM with float weights.
+    4. `DynamicQuantizeLSTM`: an LSTM with float weights. `GatherBlockQuantized`: a Gather from a float table.
 
     Raises:
         GraphError: an operator that is none of them, or in a form whose meaning depends on more than its grids.
@@ -261,9 +258,7 @@ def _lstm_weight(expand: _Expand, node: ir.Node, codes: int, scale: int) -> ir.V
 def _n_bits(expand: _Expand, node: ir.Node) -> None:
     """A weight `(N, blocks, bytes)` of packed codes, scales `(N, blocks)`; the middle code is zero where no zero points are given.
 
-    A negative scale, with which ONNX Runtime gives the larger side of a block the larger side of the codes, becomes a positive one
-    of codes counted from the other end. Where all zero points are the middle, codes are written as signed ones, which more
-    runtimes take.
+    Where all zero points are the middle, codes are written as signed ones, which more runtimes take.
     """
     rows, columns, bits, size = (int_attribute(node, key, default) for key, default in _N_BITS.items())
     scales, zeros = _input(node, 2), _input(node, 3)
@@ -272,15 +267,13 @@ def _n_bits(expand: _Expand, node: ir.Node) -> None:
         raise _refusal(
             node, "with zero points that are no codes, blocks in another order, or weights computed at run time"
         )
-    blocks, middle, last = -(-rows // size), 1 << (bits - 1), (1 << bits) - 1
+    blocks, middle = -(-rows // size), 1 << (bits - 1)
     scale = _constant(scales).reshape(columns, blocks)
     codes = unpacked(_constant(_input(node, 1)).reshape(columns, -1), bits)[:, :rows].astype(np.int16)
     offsets = np.full((columns, blocks), middle, np.int16)
     if zeros is not None:
         offsets = unpacked(_constant(zeros).reshape(columns, -1), bits)[:, :blocks].astype(np.int16)
-    codes = np.where((scale < 0).repeat(size, axis=1)[:, :rows], last - codes, codes)
-    offsets = np.where(scale < 0, last - offsets, offsets)
-    scale = np.where(scale == 0, 1, np.abs(scale))  # of blocks of zeros
+    codes, scale, offsets = with_positive_scales(codes, scale, offsets, bits=bits, block_size=size)
     signed = bool((offsets == middle).all())
     dtype = ir.DataType[f"{'INT' if signed else 'UINT'}{bits}"]
     shift = middle if signed else 0
@@ -296,10 +289,27 @@ def _n_bits(expand: _Expand, node: ir.Node) -> None:
     expand.replace(node, result if bias is None else expand.write(node, "Add", [result, bias], suffix="bias"))
 
 
-def unpacked(array: Array, bits: int) -> Array:
-    """Codes of 2, 4 or 8 bits `(rows, columns)` out of bytes `(rows, columns * bits / 8)`, the lowest bits first."""
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    return ((array[:, :, None] >> shifts) & np.uint8((1 << bits) - 1)).reshape(len(array), -1)
+def _gather_blocks(expand: _Expand, node: ir.Node) -> None:
+    """A table in blocks along its last axis becomes floats: it gets a scale for each row like any other table."""
+    axis, last = int_attribute(node, "quantize_axis", 1), int_attribute(node, "gather_axis", 0)
+    table, scales, zeros = _input(node, 0), _input(node, 2), _input(node, 3)
+    if not all(is_constant(value) for value in (table, scales, *([zeros] if zeros else []))):
+        raise _refusal(node, "with a table that is computed at run time")
+    codes, step = _constant(table), _constant(scales).astype(np.float32)
+    if table is None or axis != codes.ndim - 1 or last == axis or codes.ndim != 2:
+        raise _refusal(node, "in blocks along another axis than the last one of two")
+    packed, bits = table.dtype == ir.DataType.UINT8, int_attribute(node, "bits", 4)
+    offset: Array = np.array((1 << (bits - 1)) if packed else 0, np.float32)
+    if zeros is not None:
+        numbers = unpacked(_constant(zeros), bits)[:, : step.shape[1]] if packed else _constant(zeros)
+        offset = numbers.astype(np.float32)
+    size = int_attribute(node, "block_size", 128)
+    numbers = (unpacked(codes, bits) if packed else codes).astype(np.float32)
+    block = np.arange(numbers.shape[1]) // size
+    offset = offset[:, block] if offset.ndim else offset
+    floats = expand.constant(f"{node.name}/table", (numbers - offset) * step[:, block])
+    drop = tuple(node.attributes)
+    expand.replace(node, expand.operator(node, "Gather", [floats, _input(node, 1)], drop))
 
 
 def _bias(expand: _Expand, node: ir.Node, index: int, scales: tuple[int, int], factor: float) -> ir.Value | None:
@@ -383,4 +393,5 @@ _WRITERS: Mapping[str, Callable[[_Expand, ir.Node], None]] = {
     "MatMulIntegerToFloat": _matmul_to_float,
     "DynamicQuantizeLSTM": _lstm,
     "MatMulNBits": _n_bits,
+    "GatherBlockQuantized": _gather_blocks,
 }
