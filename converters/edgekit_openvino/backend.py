@@ -17,6 +17,7 @@ from edgekit.lowering.qdq import lower_qdq
 from edgekit.lowering.saturation import SATURATES, SATURATES_REMEDY, saturates_here, saturation_warnings
 from edgekit.target import Target
 from edgekit_openvino.bias import add_biases
+from edgekit_openvino.recurrent import widen_codes
 
 _REMEDY = "pip install 'edgekit[openvino]'"
 
@@ -43,7 +44,7 @@ class OpenVinoBackend:
 
     def lower(self, model: ir.Model, target: Target, *, keep_float: frozenset[str]) -> ir.Model:
         """The Quantize/DequantizeLinear graph that OpenVINO reads as FakeQuantize and runs in int8."""
-        return add_biases(lower_qdq(model, target, keep_float=keep_float))
+        return widen_codes(add_biases(lower_qdq(model, target, keep_float=keep_float)))
 
     def check(self, model: ir.Model, target: Target) -> list[str]:
         """Graphs that OpenVINO accepts and computes wrongly, or silently runs in float.

@@ -14,7 +14,7 @@ from edgekit.errors import BackendError, GraphError
 from edgekit.graph.contract import check_contract, contract
 from edgekit.graph.io import save_onnx
 from edgekit.graph.operators import layers
-from edgekit.graph.rules import quantized_nodes
+from edgekit.graph.rules import quantized_nodes, recurrent
 from edgekit.graph.run import Session
 from edgekit.lowering.integer import lower_integer
 from edgekit.lowering.qdq import lower_qdq
@@ -157,7 +157,8 @@ def find_guilty(job: Job, keep_float: frozenset[str]) -> str | None:
 
     None when there is something wrong even with nothing quantized.
     """
-    names = [node.name or "" for node in quantized_nodes(job.model, job.target, keep_float=keep_float)]
+    chosen = {*quantized_nodes(job.model, job.target, keep_float=keep_float), *recurrent(job.model.graph)}
+    names = [node.name or "" for node in job.model.graph if node in chosen and node.name not in keep_float]
     with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
         trial = replace(job, folder=Path(folder))  # the job's own folder keeps what is exported
 
