@@ -142,7 +142,7 @@ def _other_numbers(
 
 def _lost_slice(name: str, ran: Sequence[Arrays], simulated: Sequence[Arrays], floats: Sequence[Arrays]) -> str:
     """The first slice along an axis that the simulation keeps and the runtime does not."""
-    for axis in range(1, simulated[0][name].ndim):
+    for axis in _kinds_along(simulated[0][name]):
         kept, near = _slices_db(name, simulated, floats, axis), _slices_db(name, ran, simulated, axis)
         if kept is None or near is None:
             continue
@@ -156,11 +156,19 @@ def _lost_slice(name: str, ran: Sequence[Arrays], simulated: Sequence[Arrays], f
     return ""
 
 
+def _kinds_along(array: Array) -> tuple[int, ...]:
+    """The axes along which the slices of an output may be of different kinds: channels, not the rows and columns of a map."""
+    last = array.ndim - 1
+    if array.ndim < 4:
+        return tuple(range(1, array.ndim))
+    return (1,) if array.shape[1] <= array.shape[last] else (last,)
+
+
 def lost_slices(simulated: Sequence[Arrays], floats: Sequence[Arrays]) -> list[str]:
     """Where quantization itself leaves nothing of a part of an output that as a whole looks well, a sentence for each output."""
     found = []
     for name, array in simulated[0].items():
-        for axis in range(1, array.ndim):
+        for axis in _kinds_along(array):
             ratios, whole = _slices_db(name, simulated, floats, axis), _sqnr_db(name, simulated, floats)
             if ratios is None or whole is None or whole < KEPT_SLICE_DB:
                 continue

@@ -205,16 +205,30 @@ def test_what_quantization_itself_loses_is_told() -> None:
 
 
 def test_what_float_arithmetic_is_off_by_loses_no_slice() -> None:
-    """A row of a map that is all but empty, which a runtime's Sigmoid gets as wrong as any float; and one that is really lost."""
+    """A channel that is all but empty, which a runtime's Sigmoid gets as wrong as any float; and one that is really lost."""
     rng = np.random.default_rng(0)
-    floats = rng.uniform(0, 1, (4, 1, 8, 8)).astype(np.float32)
-    floats[:, :, 3] = 1e-9
+    floats = rng.uniform(0, 1, (4, 5, 8, 8)).astype(np.float32)
+    floats[:, 3] = 1e-9
     ran = floats.copy()
-    ran[:, :, 3] = 1e-8
+    ran[:, 3] = 1e-8
     proof = compare([{"map": ran}], [{"map": floats}], [{"map": floats}])
     assert proof.agrees is True
-    floats[:, :, 3] = ran[:, :, 3] = 1e-3
-    ran[:, :, 3] *= -1
+    floats[:, 3] = ran[:, 3] = 1e-3
+    ran[:, 3] *= -1
     proof = compare([{"map": ran}], [{"map": floats}], [{"map": floats}])
     assert proof.agrees is False
-    assert "is lost at index 3 of axis 2" in proof.reason
+    assert "is lost at index 3 of axis 1" in proof.reason
+
+
+def test_a_row_of_a_map_is_no_kind_of_its_own() -> None:
+    """Where all numbers of a row are small it may be off by more than it holds; a map of channels last has them there."""
+    rng = np.random.default_rng(0)
+    floats = rng.uniform(0, 1, (4, 2, 8, 8)).astype(np.float32)
+    floats[:, :, 3] = 1e-3
+    ran = floats.copy()
+    ran[:, :, 3] *= -1
+    assert compare([{"map": ran}], [{"map": floats}], [{"map": floats}]).agrees is True
+    last = [{"map": array.transpose(0, 2, 3, 1).copy()} for array in (ran, floats)]
+    assert compare([last[0]], [last[1]], [last[1]]).agrees is True
+    last[0]["map"][..., 1] *= -1
+    assert "at index 1 of axis 3" in compare([last[0]], [last[1]], [last[1]]).reason
