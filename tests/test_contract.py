@@ -150,6 +150,14 @@ def test_a_runtime_that_is_wrong_in_another_size_is_caught(tmp_path: Path, numpy
         edgekit.export(tmp_path / "out", numpy_target("wrong", wrong_size="4"))
 
 
+def test_a_runtime_that_refuses_another_size_is_told_of(tmp_path: Path, numpy_target: Callable[..., str]) -> None:
+    save_onnx(sequence("t"), tmp_path / "net.onnx")
+    edgekit.compress(tmp_path / "net.onnx", tmp_path / "out", calibration={"x": normal(24, 4, 8)})
+    [result] = edgekit.export(tmp_path / "out", numpy_target("narrow", no_size="4"))
+    assert (result.manifest.proof.agrees, result.manifest.proof.other_sizes) == (True, ())
+    assert "fails for x 2x4x4, which the float model takes: keep to the samples' sizes" in result.manifest.notes
+
+
 def test_sizes_that_the_float_model_refuses_are_not_tried_and_that_is_said(tmp_path: Path) -> None:
     """The size is said to be open, and the weight has eight rows."""
     net = Net(seed=3)

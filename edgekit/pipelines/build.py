@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -107,14 +108,20 @@ def _build(job: Job, keep_float: frozenset[str]) -> Candidate:
             "float_layers": float_layers,
         }
     )
-    return Candidate(artifact, proof, (*broken, *lost_slices(simulated[: len(job.batches)], job.floats)))
+    notes = (*broken, *lost_slices(simulated[: len(job.batches)], job.floats))
+    if ran is not None and len(ran) < len(batches) and job.resized is not None:
+        notes = (
+            *notes,
+            f"fails for {', '.join(job.resized.sizes)}, which the float model takes: keep to the samples' sizes",
+        )
+    return Candidate(artifact, proof, notes)
 
 
 def _compare(job: Job, ran: Sequence[Arrays] | None, simulated: Sequence[Arrays]) -> Proof:
     """The proof of what ran; the last batch may have another size, which is judged by itself."""
     count = len(job.batches)
     proof = compare(None if ran is None else ran[:count], simulated[:count], job.floats)
-    if job.resized is None or len(simulated) == count:
+    if job.resized is None or len(simulated) == count or (ran is not None and len(ran) == count):
         return proof
     other = compare(None if ran is None else ran[count:], simulated[count:], [job.resized.floats])
     proof = proof.model_copy(update={"other_sizes": job.resized.sizes})
@@ -124,8 +131,13 @@ def _compare(job: Job, ran: Sequence[Arrays] | None, simulated: Sequence[Arrays]
 
 
 def _run(job: Job, artifact: Artifact, batches: Sequence[Arrays]) -> tuple[Sequence[Arrays], Sequence[KernelRecord]]:
+    count = len(job.batches)
     with Worker(artifact, job.target, exact=True) as worker:
-        return run_batches(worker.run, batches), worker.kernels(batches[0])
+        ran = run_batches(worker.run, batches[:count])
+        kernels = worker.kernels(batches[0])
+        with suppress(BackendError):  # it may not take another size, which is told
+            ran += run_batches(worker.run, batches[count:])
+    return ran, kernels
 
 
 def _run_stand_in(
@@ -143,7 +155,7 @@ def _run_stand_in(
         ran, kernels = _run(job, artifact, batches)
     moved = [
         {name: moved_by(real[name], there[name], array) if name in real else array for name, array in here.items()}
-        for real, there, here in zip(simulated, expected, ran, strict=True)
+        for real, there, here in zip(simulated[: len(ran)], expected[: len(ran)], ran, strict=True)
     ]
     return moved, kernels
 

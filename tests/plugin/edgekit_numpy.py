@@ -2,7 +2,8 @@
 
 Options of `[runtime]` make it fail the ways that real runtimes do: `on_load` and `on_run`, see `misbehave`. The latter
 begins after `healthy_runs` inferences. `wrong` names nodes that it computes wrongly when they read a DequantizeLinear,
-`wrong_always` nodes that it always computes wrongly, `wrong_size` the last size of an input with which it gets all wrong.
+`wrong_always` nodes that it always computes wrongly, `wrong_size` the last size of an input with which it gets all wrong, `no_size` one
+that it refuses.
 `absent` says why the device is not here.
 """
 
@@ -90,6 +91,7 @@ class Compiled:
         self._evaluator = ReferenceEvaluator(self._model)
         self._on_run = options.get("on_run", "")
         self._wrong_size = int(options.get("wrong_size", "0"))
+        self._no_size = int(options.get("no_size", "0"))
         self._healthy_runs = int(options.get("healthy_runs", "0"))
 
     def run(self, feeds: Feeds) -> Outputs:
@@ -109,6 +111,8 @@ class Compiled:
         self._healthy_runs -= 1
         misbehave(self._on_run if self._healthy_runs < 0 else "")
         outputs = cast(list[NDArray[np.generic]], self._evaluator.run(None, inputs))
+        if any(array.ndim and array.shape[-1] == self._no_size for array in inputs.values()):
+            raise ValueError("no kernel for this size")
         wrong = any(array.ndim and array.shape[-1] == self._wrong_size for array in inputs.values())
         return [-array for array in outputs] if wrong else outputs
 
