@@ -215,7 +215,7 @@ def serve(model: WildModel, part: str, output: Path) -> None:
 def cells(model: WildModel, row: Mapping[str, Any]) -> list[str]:
     """A row of the table."""
     kept, db = row.get("kept"), row.get("db")
-    about = row.get("refused", "") or "; ".join(row.get("notes", ()))
+    about = row.get("refused", "") or row.get("slow", "") or "; ".join(row.get("notes", ()))
     if row.get("kept_float"):
         about = f"float, as the runtime computes them wrongly: {', '.join(row['kept_float'])}"
     if row["on"] == "compress" and "lifted" in row:
@@ -230,7 +230,7 @@ def cells(model: WildModel, row: Mapping[str, Any]) -> list[str]:
         "" if row.get("int8") is None else f"{100 * row['int8']:.0f} %",
         "{:.2f}x ({:.2f}-{:.2f})".format(*row["ratio"]) if "ratio" in row else "",
         f"{row['seconds']:.0f} s" if "seconds" in row else "",
-        re.sub(r"\S*/edgekit-\w+/", "", about).replace("|", "/"),
+        re.sub(r"\S*/edgekit-\w+/?", "", about).replace("|", "/"),
     ]  # fmt: skip
 
 
