@@ -296,7 +296,28 @@ def test_dequantize_gives_the_float_model_back(
     assert not list(annotated_values(model.graph))
     assert not any("uantize" in node.op_type for node in model.graph)
     assert sqnr(output(model, feeds), output(floats, feeds)) > 25
-    assert done.record.notes[0] == "model.onnx is quantized.onnx without its grids: nothing is quantized"
+    assert done.record.notes[0] == "model.onnx is quantized.onnx in float: nothing is quantized"
+    assert done.record.proxy is None
+
+
+@pytest.mark.parametrize("options", [("--weights", "int4"), ("--search",), ("--max-drop", "30dB"), ("--explain",)])
+def test_dequantize_beside_what_it_would_ignore_is_refused(
+    options: tuple[str, ...], cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    _, feeds = two_layers(tmp_path)
+    np.savez(tmp_path / "x.npz", x=feeds["x"])
+    words = (
+        "compress",
+        str(tmp_path / "float.onnx"),
+        "--dequantize",
+        *options,
+        "--calibration",
+        str(tmp_path / "x.npz"),
+    )
+    done = cli(*words, "-o", str(tmp_path / "out"))
+    assert (done.code, done.stdout) == (5, "")
+    assert "--dequantize gives the float model and quantizes nothing: drop what says how to quantize" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_dequantize_on_the_command_line(cli: Callable[..., Any], tmp_path: Path) -> None:

@@ -160,19 +160,21 @@ def node_over_initializer(model: onnx.ModelProto) -> str:
     return r"values are made more than once \(first 'head\.bias'\)"
 
 
-def inside_a_branch(model: onnx.ModelProto) -> str:
+def add_branches(model: onnx.ModelProto, reads: str) -> None:
+    """An If that makes `z`, whose branches read a value."""
     output = helper.make_tensor_value_info("inner", TensorProto.FLOAT, None)
-    branch = helper.make_graph([helper.make_node("Neg", ["ghost"], ["inner"], "neg")], "branch", [], [output])
+    branch = helper.make_graph([helper.make_node("Neg", [reads], ["inner"], "neg")], "branch", [], [output])
     model.graph.initializer.append(numpy_helper.from_array(np.array(True), "yes"))
     model.graph.node.append(helper.make_node("If", ["yes"], ["z"], "if", then_branch=branch, else_branch=branch))
+
+
+def inside_a_branch(model: onnx.ModelProto) -> str:
+    add_branches(model, "ghost")
     return r"node 'neg' \(Neg\) reads 'ghost'"
 
 
 def circle_through_a_branch(model: onnx.ModelProto) -> str:
-    output = helper.make_tensor_value_info("inner", TensorProto.FLOAT, None)
-    branch = helper.make_graph([helper.make_node("Neg", ["z"], ["inner"], "neg")], "branch", [], [output])
-    model.graph.initializer.append(numpy_helper.from_array(np.array(True), "yes"))
-    model.graph.node.append(helper.make_node("If", ["yes"], ["z"], "if", then_branch=branch, else_branch=branch))
+    add_branches(model, "z")
     return r"nodes wait for each other in a circle \(if <- if\)"
 
 

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import edgekit
 from edgekit.data import BoundData, Dataset, Preprocess, open_data
 from edgekit.distribution import LayerDistributions
-from edgekit.errors import DataError
+from edgekit.errors import DataError, TargetError
 from edgekit.graph.annotations import set_sample_shape, without_params
 from edgekit.graph.contract import check_contract, contract
 from edgekit.graph.io import save_annotated
@@ -136,7 +136,7 @@ def compress(
     """
     out, rules = Path(out), _rules(target)
     check_folder(out, marker=COMPRESSED, what="an edgekit output folder")
-    judged = _is_judged(proxy, evaluate)
+    judged = not _is_float(method, asked=search or explain or max_drop is not None) and _is_judged(proxy, evaluate)
     plan = make_plan(out, search=search, seed=seed, time_budget=time_budget, max_drop=max_drop, judged=judged)
     budget = plan.budget_s if plan else time_budget
     goal = make_goal(str(max_drop), budget, out, has_metric=evaluate is not None) if max_drop is not None else None
@@ -145,7 +145,7 @@ def compress(
     )
     graph, calibrating = loaded.graph, loaded.calibrating
     metric = None if evaluate is None else open_metric(evaluate, loaded.data.inputs, preprocess=preprocess)
-    decision = _decision(graph, loaded, metric, proxy, asked=goal is not None)
+    decision = _decision(graph, loaded, metric, proxy, asked=goal is not None, dequantize=method.dequantize)
     method, searched = find_method(graph, rules, method, plan, calibrating, metric, on_progress)
     graph = quantize(graph, rules, method, calibrating)
     found, distributions = _looked_at(graph, rules, calibrating, explain, goal, on_progress)
@@ -214,6 +214,16 @@ def _rules(target: str) -> Target:
     return rules
 
 
+def _is_float(method: Method, *, asked: bool) -> bool:
+    """Whether only the float model is wanted; what would be ignored then, options or what was `asked` of the result, is refused."""
+    if method.dequantize and (asked or method != Method(dequantize=True)):
+        raise TargetError(
+            "--dequantize gives the float model and quantizes nothing: drop what says how to quantize, or how good that must be; "
+            "the float model can be compressed like any other"
+        )
+    return method.dequantize
+
+
 def _is_judged(proxy: str, evaluate: object) -> bool:
     """Whether a decision stands in for a metric."""
     if evaluate is not None and proxy not in (AUTO, NONE):
@@ -223,8 +233,12 @@ def _is_judged(proxy: str, evaluate: object) -> bool:
     return evaluate is None and proxy != NONE
 
 
-def _decision(graph: ir.Model, loaded: _Loaded, metric: Evaluate | None, proxy: str, *, asked: bool) -> Decision | None:
-    """What judges the model; layers are left in float for it where nobody `asked` for a floor."""
+def _decision(
+    graph: ir.Model, loaded: _Loaded, metric: Evaluate | None, proxy: str, *, asked: bool, dequantize: bool
+) -> Decision | None:
+    """What judges the model, if anything is quantized; layers are left in float for it where nobody `asked` for a floor."""
+    if dequantize:
+        return None
     if metric is not None:
         return metric_decision(graph, metric, loaded.held, lift=proxy != NONE and not asked)
     return open_decision(graph, bound(loaded.verifying, graph), proxy)

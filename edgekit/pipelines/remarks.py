@@ -33,7 +33,7 @@ def stays_float(graph: ir.Model, rules: Target) -> dict[str, int]:
 
 def dequantized(source: str) -> Iterator[str]:
     """What to tell when all that was asked for is the float model."""
-    yield f"{MODEL} is {source} without its grids: nothing is quantized"
+    yield f"{MODEL} is {source} in float: nothing is quantized"
 
 
 def remarks(graph: ir.Model, rules: Target, source: str, samples: int, *, wanted: bool) -> Iterator[str]:
