@@ -37,6 +37,8 @@ MOST_LOST = 2.0
 """Points of a metric that may be lost where nobody said how many."""
 FLOOR, FLOOR_DB = 0.98, 20.0
 """The share of decisions that must be kept; where outputs hold no decision, the least SQNR of the worst of them (dB)."""
+AIM = 0.99
+"""The share that layers are lifted for, once any are: a set that was chosen on some samples keeps less on others."""
 BUDGET_S = 120.0
 """For looking for layers to leave in float that nobody asked for."""
 BATCH = 8
@@ -53,7 +55,7 @@ class Decision:
         proxy: None where outputs are only compared as signals, or a metric decides.
         evaluate: the number, higher is better.
         floor: the least that is good enough.
-        floor_text: the floor as `--max-drop` would say it, in points that are lost.
+        aim: what layers are lifted for, as `--max-drop` would say it, in points that are lost; at least the floor.
         samples: how many decide.
         float_metric: of the float model, where a metric decides.
     """
@@ -61,7 +63,7 @@ class Decision:
     proxy: Proxy | None
     evaluate: Evaluate
     floor: float
-    floor_text: str
+    aim: str
     samples: int
     float_metric: Metric | None = None
 
@@ -88,7 +90,7 @@ def open_decision(graph: ir.Model, samples: BoundData, kind: str = AUTO) -> Deci
     proxy = choose_proxy(floats, feeds, kind)
     count = sum(next((len(array) for array in batch.values() if array.ndim), 1) for batch in feeds)
     if proxy is not None:
-        return Decision(proxy, open_proxy(proxy, feeds, floats), FLOOR, f"{100 * (1 - FLOOR):g}", count)
+        return Decision(proxy, open_proxy(proxy, feeds, floats), FLOOR, f"{100 * (1 - AIM):g}", count)
     if not any(array.dtype.kind == "f" for array in floats[0].values()):
         return None
     judge = judge_outputs(graph, feeds, cosine=False)
@@ -142,7 +144,7 @@ def settle(
         found = explain(seen, rules, calibrating, on_progress, samples=samples, focus=decision.focus) if seen else ()
         if found:
             left = max(budget_s - (time.monotonic() - begin), budget_s / 4)
-            goal = make_goal(decision.floor_text, left, out, has_metric=True)
+            goal = make_goal(decision.aim, left, out, has_metric=True)
             graph, lifted = meet(graph, rules, goal, found, calibrating, decision.evaluate, on_progress)
             after = decision.judge(graph, rules)
     return graph, lifted, _record(decision, before, after)
@@ -158,7 +160,7 @@ def settle_target(
     record = stored.record
     if decision is None or record.proxy is None or record.proxy.after < decision.floor:
         return stored, None
-    if record.lifted is not None and record.lifted.floor != decision.floor_text:
+    if record.lifted is not None and record.lifted.floor != decision.aim:
         return stored, None
     count = len(next(iter(stored.held_back.batches(BATCH))))
     samples = Calibrating(stored.held_back, max(count, RANKED_BY), on_progress)
