@@ -19,8 +19,10 @@ from edgekit.calibration.observe import open_batch_axis
 from edgekit.calibration.padding import Mask, padding_mask, without_padding
 from edgekit.data import Batch
 from edgekit.errors import DataError
+from edgekit.graph.annotations import get_wish
 from edgekit.graph.operators import LINEAR, Roles, int_attribute, roles
 from edgekit.graph.run import Session, with_outputs
+from edgekit.method import AUTO, EASYQUANT, Method
 
 F32 = NDArray[np.float32]
 
@@ -170,6 +172,14 @@ def collect_rows(
                 parts.append((sample.checksum, _see(array, geometry, each * sample.size)))
     ordered = {key: sorted(parts, key=lambda part: part[0]) for key, parts in found.items() if parts}
     return {key: _joined([part for _, part in parts]) for key, parts in ordered.items()}
+
+
+def wished_rows(model: ir.Model, method: Method, batches: Iterable[Batch], *, samples: int) -> Rows:
+    """What the layers read whose weights are to be quantized, where a `method` looks at it."""
+    if not (method.bias_correction or method.calibrators & {AUTO, EASYQUANT}):
+        return {}
+    layers = [layer for layer in linear_layers(model.graph) if get_wish(layer.weight) is not None]
+    return collect_rows(model, layers, batches, samples=samples) if layers else {}
 
 
 class Sample(NamedTuple):

@@ -23,6 +23,7 @@ from edgekit.metric import Evaluate
 from edgekit.pipelines.floor import explain, make_goal, meet
 from edgekit.pipelines.quantize import Calibrating
 from edgekit.pipelines.sources import input_specs
+from edgekit.pipelines.split import feeds_of
 from edgekit.pipelines.stored import Stored
 from edgekit.progress import Progress
 from edgekit.proxy import AUTO, NONE, Proxy, choose_proxy, in_focus, open_proxy
@@ -41,7 +42,6 @@ AIM = 0.99
 """The share that layers are lifted for, once any are: a set that was chosen on some samples keeps less on others."""
 BUDGET_S = 120.0
 """For looking for layers to leave in float that nobody asked for."""
-BATCH = 8
 RANKED_BY = 8
 """The most samples that tell which layers hurt: nobody asked for the numbers, only their order counts."""
 SQNR = "SQNR of the outputs (dB)"
@@ -84,7 +84,7 @@ def open_decision(graph: ir.Model, samples: BoundData, kind: str = AUTO) -> Deci
     """
     if kind == NONE:
         return None
-    feeds = [batch.feeds for batch in samples.batches(BATCH)]
+    feeds = feeds_of(samples)
     session = Session(graph, optimize=True)
     floats = [session.run(batch) for batch in feeds]
     proxy = choose_proxy(floats, feeds, kind)
@@ -162,7 +162,7 @@ def settle_target(
         return stored, None
     if record.lifted is not None and record.lifted.floor != decision.aim:
         return stored, None
-    count = len(next(iter(stored.held_back.batches(BATCH))))
+    count = len(next(iter(stored.held_back.batches(RANKED_BY))))
     samples = Calibrating(stored.held_back, max(count, RANKED_BY), on_progress)
     model, lifted, _ = settle(
         stored.model, target, decision, None, samples, None, stored.folder / target.name, on_progress

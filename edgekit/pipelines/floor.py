@@ -25,7 +25,7 @@ from edgekit.metric import Evaluate
 from edgekit.output import write_text
 from edgekit.pipelines.quantize import Calibrating
 from edgekit.pipelines.remarks import listed
-from edgekit.pipelines.split import BATCH_SIZE
+from edgekit.pipelines.split import BATCH_SIZE, feeds_of
 from edgekit.progress import Progress
 from edgekit.records import LayerSensitivity, read_record
 from edgekit.sensitivity import Arrays, rank, sensitivity
@@ -163,7 +163,7 @@ def _remembered(path: Path) -> LiftState | None:
 
 def _feeds(batches: Calibrating, samples: int = SAMPLES) -> Sequence[Arrays]:
     """The first samples; more where the model takes only more at a time."""
-    found = [batch.feeds for batch in batches.data.batches(min(samples, BATCH_SIZE), 0, min(samples, batches.stop))]
+    found = feeds_of(batches.data, 0, min(samples, batches.stop))
     return found or [batch.feeds for batch in islice(batches.data.batches(BATCH_SIZE, 0, batches.stop), 1)]
 
 

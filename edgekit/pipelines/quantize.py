@@ -11,13 +11,12 @@ import onnx_ir as ir
 
 from edgekit.calibration.calibrate import calibrate
 from edgekit.calibration.correct_bias import correct_bias
-from edgekit.calibration.layer_rows import Rows, collect_rows, linear_layers
+from edgekit.calibration.layer_rows import collect_rows, wished_rows
 from edgekit.calibration.round_weights import round_weights
 from edgekit.calibration.smooth import smooth, smoothable
 from edgekit.data import Batch, BoundData
 from edgekit.errors import TargetError
-from edgekit.graph.annotations import get_wish
-from edgekit.method import AUTO, EASYQUANT, Method
+from edgekit.method import Method
 from edgekit.passes.assign_specs import assign_precisions, assign_specs
 from edgekit.passes.equalize import equalize
 from edgekit.passes.unify_params import unify_params
@@ -64,7 +63,7 @@ def quantize(model: ir.Model, rules: Target, method: Method, batches: Calibratin
     if method.smooth and method.activations == "static":
         model = _smooth(model, rules, batches)
     model = assign_specs(model, rules, method)
-    rows = _rows(model, method, batches)
+    rows = wished_rows(model, method, batches.named("look at layers"), samples=batches.stop)
     model = calibrate(model, rules, batches.named("calibrate"), method=method, rows=rows)
     model = unify_params(model, rules)
     model = round_weights(model, batches.named("round weights"), samples=batches.stop, method=method)
@@ -101,11 +100,3 @@ def _smooth(model: ir.Model, rules: Target, batches: Calibrating) -> ir.Model:
     layers = smoothable(model, rules)
     rows = collect_rows(model, layers, batches.named("smooth"), samples=batches.stop) if layers else {}
     return smooth(model, rules, rows)
-
-
-def _rows(model: ir.Model, method: Method, batches: Calibrating) -> Rows:
-    """What the layers read whose weights are to be quantized, where a method looks at it."""
-    if not (method.bias_correction or method.calibrators & {AUTO, EASYQUANT}):
-        return {}
-    layers = [layer for layer in linear_layers(model.graph) if get_wish(layer.weight) is not None]
-    return collect_rows(model, layers, batches.named("look at layers"), samples=batches.stop) if layers else {}

@@ -20,6 +20,8 @@ MOST_HELD_BACK = 256
 HELD_BACK_BYTES = 32 * 2**20
 """That so many may take."""
 BATCH_SIZE = 8
+AT_ONCE_BYTES = 1 << 20
+"""Of samples that are run together where every activation of theirs may be held: a network's are a hundred times as large."""
 
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -34,6 +36,14 @@ def first_batch(data: BoundData, count: int) -> Arrays:
     if batch is None:
         raise DataError("the calibration data holds no samples; give at least one (a few hundred make good ranges)")
     return batch.feeds
+
+
+def feeds_of(data: BoundData, start: int = 0, stop: int | None = None) -> list[Arrays]:
+    """Samples to run, as many together as are cheap to hold with their activations."""
+    first = next(data.batches(1), None)
+    size = 0 if first is None else sum(array.nbytes for array in first.feeds.values()) // max(1, len(first))
+    together = max(1, min(BATCH_SIZE, AT_ONCE_BYTES // max(1, size)))
+    return [batch.feeds for batch in data.batches(together, start, stop)]
 
 
 def calibrating_samples(data: BoundData, wished: int) -> int:
