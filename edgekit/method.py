@@ -12,7 +12,7 @@ from edgekit.quant.estimators import ESTIMATORS
 from edgekit.quant.spec import QuantSpec
 from edgekit.toml_file import Table
 
-Precision = Literal["int8", "int16", "float"]
+Precision = Literal["int2", "int4", "int8", "int16", "float"]
 WeightType = Literal["int8", "int4", "uint4", "int2", "uint2"]
 Rounding = Literal["auto", "nearest", "gptq", "adaround"]
 BlockSize = Literal[0, 16, 32, 64, 128, 256]
@@ -38,7 +38,7 @@ class LayerMethod(Table):
 
     Attributes:
         match: shell-style pattern of node names, such as "layer1.*".
-        precision: of the layer's inputs: "int8", "int16", or "float" to leave it alone.
+        precision: of the layer's inputs: "int2" to "int16", or "float" to leave it alone.
     """
 
     match: str
@@ -54,7 +54,7 @@ class Method(Table):
 
     Attributes:
         activations: "static" scales are chosen from data; "dynamic" ones at run time; with "none" only weights are quantized.
-        precision: of activations.
+        precision: of activations. Fewer than 8 bits are for training; runtimes execute them as limited 8-bit grids.
         weights, block_size: type of the weights, and how many of them share a scale along the axis that a layer sums over; 0 is one
             scale for each output channel.
         calibrator: what chooses ranges of activations, one of `CALIBRATORS`.

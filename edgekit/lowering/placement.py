@@ -11,7 +11,7 @@ from edgekit.graph.annotations import get_params
 from edgekit.graph.operators import Roles, is_constant
 from edgekit.graph.rules import absorbed_output, pads_with_zero, quantized_nodes, scaled_across
 from edgekit.quant.affine import quantize
-from edgekit.quant.spec import INTEGER_RANGES, QuantParams, same_grid
+from edgekit.quant.spec import QuantParams, same_grid
 from edgekit.target import Target
 
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
@@ -193,8 +193,9 @@ def _saturates(node: ir.Node, grid: QuantParams) -> bool:
     bounds = _clip_bounds(node)
     if bounds is None:
         return False
-    codes = quantize(np.array(bounds, np.float32), replace(grid, narrow_range=False))
-    return tuple(int(code) for code in codes) == INTEGER_RANGES[grid.dtype]
+    whole = replace(grid, narrow_range=False)
+    codes = quantize(np.array(bounds, np.float32), whole)
+    return tuple(int(code) for code in codes) == (whole.qmin, whole.qmax)
 
 
 def _clip_bounds(node: ir.Node) -> tuple[float, float] | None:

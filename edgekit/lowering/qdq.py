@@ -19,8 +19,8 @@ from edgekit.lowering.shift import shift_one_sided
 from edgekit.lowering.tables import lower_tables
 from edgekit.lowering.weight_only import lower_weights
 from edgekit.lowering.writer import node_name, remove_dead
-from edgekit.quant.affine import TINY, constant_codes, middle_code, quantize, regrid, weight_params
-from edgekit.quant.spec import WIDE, QuantParams, QuantSpec
+from edgekit.quant.affine import TINY, constant_codes, dequantize, middle_code, quantize, regrid, weight_params, widened
+from edgekit.quant.spec import BITS, WIDE, QuantParams, QuantSpec
 from edgekit.target import Target
 
 _OLDEST = 13
@@ -97,6 +97,8 @@ def _regrid(model: ir.Model, target: Target) -> None:
 
 def _activation_grid(params: QuantParams, spec: QuantSpec, wide: str) -> QuantParams | None:
     """The grid of an activation for a target; None where it has 16 bits and the target leaves what reads it in float."""
+    if BITS[params.dtype] < BITS[spec.dtype] and params.axis is None:
+        return widened(params, spec)
     if params.fixed or params.dtype not in WIDE.values() or spec.dtype in WIDE.values():
         return regrid(params, spec)
     return regrid(params, replace(spec, dtype=WIDE[spec.dtype])) if wide == "quantize" else None
@@ -196,7 +198,8 @@ class _Lowering(GridWriter):
         if producer is not None and producer in placement.integer_pads:
             codes = self._pad_codes(producer, grid[1])
         else:
-            codes = self.node_after(value, self.node("QuantizeLinear", [value, *grid], name))
+            limited = value if params.limits is None else self._clip(value, params)
+            codes = self.node_after(limited, self.node("QuantizeLinear", [limited, *grid], name))
         copy_type(codes, value)
         codes.name, codes.dtype = fresh_name(f"{name}_quantized", self.values), DTYPES[params.dtype]
         result = self.node_after(codes, self.node("DequantizeLinear", [codes, *grid], name))
@@ -208,6 +211,19 @@ class _Lowering(GridWriter):
                 node.replace_input_with(index, result)
         if is_output:
             self.graph.outputs[self.graph.outputs.index(value)] = result
+
+    def _clip(self, value: ir.Value, params: QuantParams) -> ir.Value:
+        """A value cut at the ends of a grid that does not use all codes of its type."""
+        name = value.name or ""
+        bounds = dequantize(np.array([params.qmin, params.qmax]), params)
+        ends = [
+            self.initializer(f"{name}_{end}", np.asarray(bound), value.dtype or ir.DataType.FLOAT)
+            for end, bound in zip(("lowest", "highest"), bounds, strict=True)
+        ]
+        clipped = self.node_after(value, self.node("Clip", [value, *ends], name))
+        copy_type(clipped, value)
+        clipped.name = fresh_name(f"{name}_clipped", self.values)
+        return clipped
 
     def _pad_codes(self, pad: ir.Node, zero_point: ir.Value) -> ir.Value:
         """The same Pad on codes, where zero is the zero point. The float one stays for readers of floats, under another name."""

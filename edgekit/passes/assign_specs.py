@@ -19,7 +19,7 @@ from edgekit.graph.rules import (
     shares_grid,
 )
 from edgekit.method import EVERYTHING, Method
-from edgekit.quant.spec import WIDE, QuantSpec
+from edgekit.quant.spec import BITS, WIDE, QuantSpec
 from edgekit.target import Target
 
 TABLE = QuantSpec("int8", symmetric=True, per_channel=True, narrow_range=True)
@@ -35,11 +35,11 @@ def assign_specs(model: ir.Model, target: Target, method: Method = EVERYTHING) -
     5. Weights of operators with a memory, one scale for each row of both directions.
 
     With other than static activations, only constants are marked; a weight that came in blocks takes no others. A tensor that one
-    layer wants in 16 bits has 16.
+    layer wants in 16 bits has 16, and one that all of them want in fewer than 8 has so many, affine, whatever the target's grids are.
     """
     model = model.clone()
     marked: set[ir.Value] = set()
-    wide: set[ir.Value] = set()
+    asked: dict[ir.Value, str] = {}  # the widest precision that a reader wants
     for node, parts in quantized_nodes(model, target).items():
         weight = node.inputs[parts.weight] if parts.weight is not None else None
         own = method.for_layer(node.name or "")
@@ -55,13 +55,13 @@ def assign_specs(model: ir.Model, target: Target, method: Method = EVERYTHING) -
         read = [value for i in parts.activations if (value := node.inputs[i]) is not None]
         marked.update(read)
         marked.update(absorbed_output(out, target) for out in node.outputs)
-        wide.update(read if own.precision == "int16" else ())
+        for value in read:
+            asked[value] = max(own.precision, asked.get(value, own.precision), key=BITS.__getitem__)
     _spread(model, target, marked)
-    _spread(model, target, wide)
-    activation = target.quantization.activation.spec
+    _agree(model, target, asked)
     for value in marked:
         if not is_constant(value):
-            set_wish(value, replace(activation, dtype=WIDE[activation.dtype]) if value in wide else activation, None)
+            set_wish(value, _activation_spec(target.quantization.activation.spec, asked.get(value, "int8")), None)
     for gather in embeddings(model.graph):
         table = gather.inputs[0]
         assert table is not None
@@ -100,6 +100,29 @@ def _weight_spec(spec: QuantSpec, node: ir.Node, parts: Roles) -> tuple[QuantSpe
     if spec.block_size and node.op_type in ("MatMul", "Gemm"):
         return spec, 1 - axis
     return replace(spec, block_size=0), axis
+
+
+def _activation_spec(spec: QuantSpec, precision: str) -> QuantSpec:
+    if precision == "int16":
+        return replace(spec, dtype=WIDE[spec.dtype])
+    if precision in ("int2", "int4"):
+        # Few codes are too dear for a side that has no numbers; lowering finds each of them a place in any wider type.
+        return QuantSpec(f"uint{BITS[precision]}")
+    return spec
+
+
+def _agree(model: ir.Model, target: Target, asked: dict[ir.Value, str]) -> None:
+    """Let values that share a grid have the widest precision that one of them is asked in."""
+    ties = [tied for node in model.graph if (tied := shares_grid(node, target))]
+    grew = True
+    while grew:
+        grew = False
+        for tied in ties:
+            known = [asked[value] for value in tied if value in asked]
+            widest = max(known, key=BITS.__getitem__) if known else ""
+            if any(asked.get(value, "") != widest for value in tied):
+                asked.update(dict.fromkeys(tied, widest))
+                grew = True
 
 
 def _spread(model: ir.Model, target: Target, marked: set[ir.Value]) -> None:

@@ -174,6 +174,17 @@ def regrid(params: QuantParams, spec: QuantSpec) -> QuantParams:
     return replace(params, dtype=spec.dtype, zero_point=zero_point)
 
 
+def widened(params: QuantParams, spec: QuantSpec) -> QuantParams:
+    """A grid of fewer bits in the codes of `spec`: the same points, and no more of them, which every wider type has."""
+    first, last = INTEGER_RANGES[params.dtype]
+    lowest = INTEGER_RANGES[spec.dtype][0]
+    start = middle_code(spec.dtype) - params.zero_point if spec.symmetric else lowest - first + 0 * params.zero_point
+    low = int(start.max())
+    return replace(
+        params, dtype=spec.dtype, zero_point=params.zero_point + start, limits=(first + low, last + low), narrow_range=False
+    )
+
+
 def _size(dtype: str) -> int:
     """How many codes a type has."""
     qmin, qmax = INTEGER_RANGES[dtype]

@@ -20,6 +20,9 @@ INTEGER_RANGES: dict[str, tuple[int, int]] = {
 }
 """The representable codes of each quantized type, both ends included."""
 
+BITS = {name: (highest - lowest).bit_length() for name, (lowest, highest) in INTEGER_RANGES.items()}
+"""The width of each type."""
+
 WIDE = {"uint8": "uint16", "int8": "int16", "uint16": "uint16", "int16": "int16"}
 """The same kind of grid in 16 bits."""
 
@@ -72,6 +75,7 @@ class QuantParams:
         codes: of a constant, the codes that were chosen for it, of its shape; None where they are the nearest ones.
         shift: of a constant weight, float32 `(C_out,)`: what quantization adds to each output of its layer in the mean. Lowering
             takes it off the bias.
+        limits: the first and last code in use, of a grid of fewer bits in the codes of a wider type; None for all of the type's.
     """
 
     dtype: str
@@ -86,22 +90,24 @@ class QuantParams:
     block_size: int = 0
     codes: NDArray[np.generic] | None = None
     shift: NDArray[np.float32] | None = None
+    limits: tuple[int, int] | None = None
 
     @property
     def qmin(self) -> int:
         """The lowest code in use."""
-        return INTEGER_RANGES[self.dtype][0] + (1 if self.narrow_range else 0)
+        lowest = INTEGER_RANGES[self.dtype][0] if self.limits is None else self.limits[0]
+        return lowest + (1 if self.narrow_range else 0)
 
     @property
     def qmax(self) -> int:
         """The highest code in use."""
-        return INTEGER_RANGES[self.dtype][1]
+        return INTEGER_RANGES[self.dtype][1] if self.limits is None else self.limits[1]
 
     def __eq__(self, other: object) -> bool:
         """Equal in every field; arrays by value, NaN equal to NaN."""
         if not isinstance(other, QuantParams):
             return NotImplemented
-        plain = ("dtype", "axis", "narrow_range", "observer", "fixed", "block_size")
+        plain = ("dtype", "axis", "narrow_range", "observer", "fixed", "block_size", "limits")
         return (
             all(getattr(self, name) == getattr(other, name) for name in plain)
             and same_grid(self, other)
@@ -119,6 +125,7 @@ def same_grid(a: QuantParams, b: QuantParams) -> bool:
         a.dtype == b.dtype
         and a.axis == b.axis
         and a.block_size == b.block_size
+        and a.limits == b.limits
         and np.array_equal(a.scale, b.scale)
         and np.array_equal(a.zero_point, b.zero_point)
     )
