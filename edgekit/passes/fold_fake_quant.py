@@ -33,6 +33,7 @@ def fold_fake_quant(model: ir.Model) -> ir.Model:
     4. `DQ -> Q` on another grid: the second grid goes to a copy (Identity) of the tensor.
     5. `Conv -> Q` on a grid that ends at 0: other tools delete the Relu that saturation replaces. It comes back, or readers
        that a target leaves in float would see negative numbers.
+    6. `constant on a grid -> Transpose`, as a linear layer's weight may stand: the constant is turned, and its axis with it.
 
     Grids found this way are marked fixed: they were trained, or chosen by somebody, and are not moved later. Those that the
     nodes' metadata describes (`edgekit.graph.annotations.describe`) come back as they were.
@@ -58,6 +59,9 @@ def fold_fake_quant(model: ir.Model) -> ir.Model:
                 f"node {node.name!r} ({node.op_type}) computes on codes; only Quantize/DequantizeLinear graphs can be folded: "
                 "give the float model, or the file before it was turned into integer operators"
             )
+    for node in list(model.graph):
+        if node.op_type == "Transpose" and not node.domain:
+            fold.transpose(node)
     common.RemoveUnusedNodesPass()(model)
     return model
 
@@ -94,6 +98,23 @@ class _Fold:
 
     def fake_quant(self, node: ir.Node) -> None:
         self._replace(node, self._tensor_for(node, _symbolic_grid(node)))
+
+    def transpose(self, node: ir.Node) -> None:
+        source = _input(node, 0)
+        params = get_params(source)
+        if params is None or params.block_size or not is_constant(source) or node.outputs[0].is_graph_output():
+            return
+        array = _array(source)
+        order = list(node.attributes.get_ints("perm", list(reversed(range(array.ndim)))))
+        name = source.name or ""
+        if len(source.uses()) == 1:
+            self.taken.discard(name)
+            source.name = fresh_name(f"{name}_before", self.taken)
+        turned = self._register(name, array.transpose(order), source.dtype or ir.DataType.FLOAT)
+        turned.metadata_props.update(source.metadata_props)
+        axis = None if params.axis is None else order.index(params.axis)
+        set_params(turned, dataclasses.replace(params, axis=axis))
+        self._replace(node, turned)
 
     def _restore_relu(self, value: ir.Value) -> None:
         """Put a Relu between an operator whose output may be negative and the Quantize nodes that are its only readers."""

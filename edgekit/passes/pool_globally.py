@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from edgekit.graph.annotations import get_params, set_params
 from edgekit.graph.operators import copy_type, int_attribute, is_constant, is_float
 
 
@@ -54,6 +55,7 @@ def _replace(graph: ir.Graph, mean: ir.Node) -> None:
         copy_type(result, output)
         new_nodes.append(flatten)
     graph.insert_after(mean, new_nodes)
+    set_params(result, get_params(output))
     name = output.name
     output.replace_all_uses_with(result, replace_graph_outputs=True)
     graph.remove(mean, safe=True)

@@ -15,6 +15,7 @@ from edgekit.errors import GraphError, SourceError
 from edgekit.graph.annotations import all_values
 from edgekit.graph.run import Session
 from edgekit.training.checkpoint import evaluating
+from edgekit.training.fake_quant import without_quantizers
 from edgekit.training.forward import Call, as_array, computing, difference, exportable, plain_call
 
 Array = NDArray[Any]
@@ -27,6 +28,11 @@ def check_export(module: nn.Module, model: ir.Model, inputs: tuple[Array, ...] |
         SourceError: an output differs by more than float rounding, changes from call to call, or cannot be computed.
     """
     module = exportable(module)
+    with without_quantizers(module):  # they are attributes of the exported model, which computes in float
+        _check(module, model, inputs)
+
+
+def _check(module: nn.Module, model: ir.Model, inputs: tuple[Array, ...] | Mapping[str, Array]) -> None:
     values = {value.name or "": value for value in model.graph.inputs}
     given = inputs if isinstance(inputs, Mapping) else dict(zip(values, inputs, strict=True))
     fitted = {name: _fitted(array, values[name]) if name in values else array for name, array in given.items()}

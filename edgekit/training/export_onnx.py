@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from edgekit.errors import SourceError
+from edgekit.passes.fold_fake_quant import fold_fake_quant
 from edgekit.training.checkpoint import evaluating, quiet, users_error
 from edgekit.training.forward import Array, Call, calls, computing, exportable, named_tensors
 from edgekit.training.pickles import first_line
@@ -73,8 +74,10 @@ def _export(module: nn.Module, call: Call, opset: int) -> ir.Model:
         raise SourceError(f"{name} does not run on the example inputs: {users_error(error)}") from error
     if not outputs:
         raise SourceError(f"{name}.forward returns no tensor, and a graph needs an output")
-    program = _trace(module, call)
+    program = trace(module, call, flat=True)
     model = _translate(program, module, call, opset)
+    if any(node.op_type == "FakeQuant" for node in model.graph):  # a module that was trained with quantizers
+        model = fold_fake_quant(model)
     _name_initializers(model)
     _name_nodes(model)
     _name_inputs(model, program)
@@ -84,8 +87,15 @@ def _export(module: nn.Module, call: Call, opset: int) -> ir.Model:
     return model
 
 
-def _trace(module: nn.Module, call: Call) -> torch.export.ExportedProgram:
-    hook = module.register_forward_hook(lambda module, args, result: tuple(named_tensors(result).values()))
+def trace(module: nn.Module, call: Call, *, flat: bool) -> torch.export.ExportedProgram:
+    """The program of a call in the mode that the module is in, the batch dynamic; with its tensors in a `flat` tuple, or as it returns.
+
+    Raises:
+        SourceError: torch cannot trace it; the message names the line.
+    """
+    hook = module.register_forward_hook(
+        lambda module, args, result: tuple(named_tensors(result).values()) if flat else None
+    )
     try:
         with quiet(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             return torch.export.export(module, call.args, call.kwargs, dynamic_shapes=_dynamic_shapes(module, call))
