@@ -96,7 +96,7 @@ def exported(graph: nn.Module, data: np.ndarray, target: str, folder: Path, **op
 
 
 @pytest.mark.parametrize("scales", ["learned", "tracked"])
-@pytest.mark.parametrize("target", ["portable", "x86-onnxruntime", "cuda-tensorrt"])
+@pytest.mark.parametrize("target", ["portable", "x86-onnxruntime", "x86-openvino", "cuda-tensorrt"])
 @pytest.mark.parametrize("name", list(NETS))
 def test_what_is_trained_is_what_is_exported(name: str, target: str, scales: Any, tmp_path: Path) -> None:
     graph, data = trained(name, target, scales=scales)

@@ -94,38 +94,37 @@ def _insert(graph: fx.GraphModule, exported: Exported, placement: Placement, rul
         params, owner = get_params(weight), exported.owner(node)
         if params is not None and owner is not None:
             inserting.weight(owner, params)
-    tied = _tied(exported.model, rules)
     rounded: set[ir.Value] = set()  # to its grid, in the captured graph
     for value in (*exported.model.graph.inputs, *(output for node in exported.model.graph for output in node.outputs)):
-        params, aliases = get_params(value), exported.made.get(value.name or "")
-        if params is None or _repeats(value, placement, rules, rounded):
-            rounded.update([value] if params is not None else [])
+        params = get_params(value)
+        if params is None:
             continue
-        if not aliases:
-            continue
+        if not _repeats(value, placement, rules, rounded):
+            shown = _shown(value, exported, rules)
+            readers = placement.readers(value)
+            if shown is not value and readers:
+                readers = [(use.node, use.idx) for use in shown.uses()]
+            owners = [owner for node, _ in readers if (owner := exported.owner(node)) is not None]
+            if not (aliases := exported.made.get(shown.name or "")):
+                continue
+            inserting.activation(aliases, owners, params)
         rounded.add(value)
-        readers = [owner for node, _ in placement.readers(value) if (owner := exported.owner(node)) is not None]
-        inserting.activation(aliases, readers, params, key=tied.get(value, value))
     for node, parts in placement.quantized.items() if rules.quantization.bias == "int32" else ():
-        source, owner = node.inputs[parts.activations[0]], exported.owner(node)
-        if parts.bias is not None and source is not None and owner is not None:
-            inserting.bias(owner, key=tied.get(source, source))
+        params, owner = get_params(node.inputs[parts.activations[0]]), exported.owner(node)
+        if parts.bias is not None and params is not None and owner is not None:
+            inserting.bias(owner, params)
     graph.graph.lint()
     graph.recompile()
 
 
-def _tied(model: ir.Model, rules: Target) -> dict[ir.Value, ir.Value]:
-    """Of each value that shares a grid with others, the first of them."""
-    first: dict[ir.Value, ir.Value] = {}
-    for node in model.graph:
-        tied = [value for value in shares_grid(node, rules) if get_params(value) is not None]
-        leaders = [first.get(value, value) for value in tied]
-        for value in tied:
-            first[value] = leaders[0]
-        for value, leader in list(first.items()):
-            if leader in leaders:
-                first[value] = leaders[0]
-    return first
+def _shown(value: ir.Value, exported: Exported, rules: Target) -> ir.Value:
+    """A value, or where no captured node makes it, what it becomes when its only reader has moved its numbers."""
+    while value.name not in exported.made and len(value.uses()) == 1:
+        reader = next(iter(value.uses())).node
+        if value not in shares_grid(reader, rules) or len(reader.outputs) != 1:
+            break
+        value = reader.outputs[0]
+    return value
 
 
 def _repeats(value: ir.Value, placement: Placement, rules: Target, rounded: set[ir.Value]) -> bool:
@@ -138,7 +137,7 @@ def _repeats(value: ir.Value, placement: Placement, rules: Target, rounded: set[
     own = get_params(value)
     sources = [(index, source) for index, source in enumerate(node.inputs) if source in tied and source is not value]
     return bool(sources) and all(
-        source in rounded and (node, index) in read and (grid := get_params(source)) is not None and own is not None and same_grid(grid, own)
+        source in rounded and (node, index) in read and (grid := get_params(source)) and own and same_grid(grid, own)
         for index, source in sources
     )
 
@@ -149,7 +148,7 @@ class _Inserting:
 
     Attributes:
         nodes: of the graph, by name, as captured.
-        modules: the names of those that are in, by what they quantize.
+        modules: the names of those that are in, by the weight or the grid: tensors that share one have it as one object.
     """
 
     graph: fx.GraphModule
@@ -171,7 +170,7 @@ class _Inserting:
             rounded = self._call(name, weight)
         layer.update_arg(index, rounded)
 
-    def activation(self, aliases: tuple[str, ...], readers: list[str], params: QuantParams, *, key: ir.Value) -> None:
+    def activation(self, aliases: tuple[str, ...], readers: list[str], params: QuantParams) -> None:
         """Round what a node makes, for some of its readers; `aliases` are nodes that hand it on unchanged."""
         chain = [self.nodes[name] for name in aliases]
         edges: dict[fx.Node, list[fx.Node]] = {}
@@ -187,7 +186,7 @@ class _Inserting:
                 reader, source = source, before
             edges.setdefault(source, []).append(reader)
         for source, users in edges.items():
-            name = self._module(key, aliases[0], params)
+            name = self._module(id(params), aliases[0], params)
             place = source
             while place.op == "placeholder" and place.next.op == "placeholder":
                 place = place.next
@@ -196,14 +195,14 @@ class _Inserting:
             for user in users:
                 user.replace_input_with(source, rounded)
 
-    def bias(self, owner: str, *, key: ir.Value) -> None:
+    def bias(self, owner: str, params: QuantParams) -> None:
         """Round the bias of a layer whose input and weight are rounded, as part of the sum of their products."""
         layer = self.nodes[owner]
         weight, bias = (layer.args[index] if len(layer.args) > index else None for index in (1, 2))
         rounds = isinstance(weight, fx.Node) and weight.op == "call_module" and str(weight.target).startswith(QUANTIZERS)
-        if layer.target not in (LINEAR, *CONVOLUTIONS) or key not in self.modules or not rounds or not isinstance(bias, fx.Node):
+        if layer.target not in (LINEAR, *CONVOLUTIONS) or id(params) not in self.modules or not rounds or not isinstance(bias, fx.Node):
             return
-        grids = [self.graph.get_submodule(str(path)) for path in (self.modules[key], weight.target)]
+        grids = [self.graph.get_submodule(str(path)) for path in (self.modules[id(params)], weight.target)]
         activation, of_weight = (grid for grid in grids if isinstance(grid, FakeQuantize))
         name = f"{BIASES}.{layer.name}"
         self.graph.add_submodule(name, RoundBias(activation, of_weight))
