@@ -19,6 +19,8 @@ OPERATOR = "edgekit::FakeQuant"
 LEAST_SCALE = 1e-12
 LEAST_GAIN = 2.0**-10
 """Training may not take a scale to 0 or below."""
+DEVIATIONS = 3.0
+"""Standard deviations that half of a range is taken for."""
 MOMENTUM = 0.01
 """Of the moving averages of extremes, for each batch."""
 
@@ -192,13 +194,11 @@ class _Round(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return inside, None, None, None, None, None
         # Inside the range the scale's gradient is code - x / scale, outside it is the code: see equation 3.
-        found = _sum(inside, made - x, ctx.axis) + (_sum(gradient, made, ctx.axis) - _sum(inside, made, ctx.axis))
-        highest = float(ctx.high.abs().max()) if isinstance(ctx.high, Tensor) else abs(ctx.high)
-        share = x.numel() / max(1, step.numel())
-        factor = 1.0 / math.sqrt(share * max(highest, 1.0))
-        energy = torch.maximum(_sum(x, x, ctx.axis) / share, step.reshape(base.shape).square())
-        by_scale = found / step.reshape(base.shape)
-        return inside, by_scale * base * (factor / energy), None, None, None, None
+        by_scale = (_sum(gradient, made, ctx.axis) - _sum(inside, x, ctx.axis)) / step.reshape(base.shape)
+        low, high = (end.abs().max().item() if isinstance(end, Tensor) else abs(end) for end in (ctx.low, ctx.high))
+        factor = 1.0 / math.sqrt(x.numel() / max(1, step.numel()) * max(high, 1.0))
+        spread = step.reshape(base.shape) * ((low + high) / 2 / DEVIATIONS)
+        return inside, by_scale * base * factor / spread.square(), None, None, None, None
 
 
 def _inside_of_tensor(gradient: Tensor, x: Tensor, step: float, low: float, high: float) -> Tensor:
@@ -210,7 +210,8 @@ def _inside_of_tensor(gradient: Tensor, x: Tensor, step: float, low: float, high
 def _sum(a: Tensor, b: Tensor, axis: int | None) -> Tensor:
     """The sum of products, over all axes but one."""
     if axis is None:
-        return torch.dot(a.reshape(-1), b.reshape(-1))
+        order = sorted(range(b.dim()), key=lambda place: -b.stride(place))  # as it lies in memory, or flattening would copy it
+        return torch.dot(a.permute(order).reshape(-1), b.permute(order).reshape(-1))
     return (a * b).sum([other for other in range(a.dim()) if other != axis])
 
 
