@@ -75,7 +75,9 @@ METHOD = {
         "--calibrator", help="What chooses ranges: auto, eq, minmax, mse, kld, ...  [default: auto]"
     ),
     "activations": click.option("--activations", help="Static, dynamic, or none (only weights).  [default: static]"),
-    "precision": click.option("--precision", help="Of static activations: int2, int4, int8, int16 or float.  [default: int8]"),
+    "precision": click.option(
+        "--precision", help="Of static activations: int2, int4, int8, int16 or float.  [default: int8]"
+    ),
     "weights": click.option("--weights", help="Type of weights: int8, int4, uint4, int2 or uint2.  [default: int8]"),
     "block_size": click.option(
         "--block-size", type=int, help="Weights that share a scale; 0: a channel's.  [default: 0]"
@@ -98,6 +100,58 @@ METHOD = {
     ),
 }
 """The options of `edgekit.Method`, by its field names."""
+
+
+FINETUNE = {
+    "qat": click.option("--qat", is_flag=True, default=None, help="Quantization-aware training before the export."),
+    "data": click.option(
+        "--train-data",
+        "data",
+        metavar="PATH|MODULE:FUNCTION",
+        help="What to train on.  [default: --calibration, without labels]",
+    ),
+    "teacher": click.option(
+        "--teacher", metavar="FILE.py:FACTORY", help="Makes the teacher.  [default: the model itself, in float]"
+    ),
+    "scales": click.option("--scales", help="Of the quantizers: learned or tracked.  [default: learned]"),
+    "freeze": click.option("--freeze", type=float, help="Share of the steps after which they stop.  [default: 0.8]"),
+    "distill__kind": click.option(
+        "--distill", "distill__kind", metavar="KIND,...", help="response, feature, attention, rkd, similarity."
+    ),
+    "distill__scheme": click.option(
+        "--distill-scheme", "distill__scheme", help="offline, online or self.  [default: offline]"
+    ),
+    "distill__temperature": click.option(
+        "--temperature", "distill__temperature", type=float, help="Of response.  [default: 4]"
+    ),
+    "distill__hard": click.option(
+        "--hard", "distill__hard", type=float, help="Share of the loss on labels.  [default: 0.5]"
+    ),
+    "schedule__epochs": click.option(
+        "--epochs", "schedule__epochs", type=int, help="Passes over the data.  [default: 3]"
+    ),
+    "schedule__steps": click.option("--steps", "schedule__steps", type=int, help="Updates, in the place of --epochs."),
+    "schedule__learning_rate": click.option(
+        "--lr", "schedule__learning_rate", type=float, help="The highest.  [default: 1e-4]"
+    ),
+    "schedule__optimizer": click.option("--optimizer", "schedule__optimizer", help="adamw or sgd.  [default: adamw]"),
+    "schedule__batch_size": click.option("--batch-size", "schedule__batch_size", type=int, help="[default: 64]"),
+    "schedule__track": click.option(
+        "--track", "schedule__track", help="tensorboard, wandb or none.  [default: tensorboard]"
+    ),
+    "augment__flip": click.option(
+        "--flip", "augment__flip", is_flag=True, default=None, help="Mirror half of the images."
+    ),
+    "augment__crop": click.option("--crop", "augment__crop", type=int, help="Shift images by up to so many pixels."),
+}
+"""The options of `edgekit.finetune.Finetune`, by its field names; those of its tables behind two underscores."""
+
+
+def _finetune_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    bits = click.option("--bits", type=click.Choice(["8", "4", "2"]), help="Of weights and activations.  [default: 8]")
+    for option in reversed([*FINETUNE.values(), bits]):
+        command = option(command)
+    return command
 
 
 def _method_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -146,6 +200,7 @@ _folder = click.argument("folder", metavar="OUT", type=click.Path(path_type=Path
 )
 @click.option("--explain", is_flag=True, default=None, help="Measure what each layer alone costs; with pictures.")
 @_method_options
+@_finetune_options
 @click.option("--recipe", type=click.Path(path_type=Path), help="A TOML file with these options and [data.preprocess].")
 @click.option("--trust-checkpoint", is_flag=True, default=None, help="Open checkpoints that run pickled code.")
 @_json
@@ -160,10 +215,10 @@ def compress(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Quantize SOURCE (.pt, .pth, .th, .safetensors, .pt2 or .onnx) after training, for every target."""
+    """Quantize SOURCE (.pt, .pth, .th, .safetensors, .pt2 or .onnx) for every target, after training or (--qat) while training."""
     from edgekit.console import progress_bars
     from edgekit.pipelines.compress import compress as run
-    from edgekit.pipelines.recipe import Recipe, load_recipe, merged_method
+    from edgekit.pipelines.recipe import Recipe, few_bits, load_recipe, merged_finetune, merged_method
     from edgekit.target import PORTABLE
 
     if portable and target:
@@ -171,13 +226,23 @@ def compress(
     file = load_recipe(recipe) if recipe else Recipe()
     options = file.compress.model_dump(exclude_none=True)
     given = {name: value for name, value in given.items() if value is not None}
+    given |= few_bits(given.pop("bits", None), given)
     method = merged_method(file.method, {name: given.pop(name) for name in METHOD & given.keys()}, layers, keep_float)
+    finetune = merged_finetune(file.finetune, {name: given.pop(name) for name in FINETUNE & given.keys()})
     options |= given
     options |= {"target": PORTABLE} if portable else {"target": target} if target else {}
     if "calibration" not in options:
         raise click.UsageError("Missing option '--calibration': samples of what the model sees in use.")
     with progress_bars(quiet=as_json) as on_progress, _stdout_for_json(as_json):
-        result = run(source, out, method=method, preprocess=file.data.preprocess, on_progress=on_progress, **options)
+        result = run(
+            source,
+            out,
+            method=method,
+            finetune=finetune,
+            preprocess=file.data.preprocess,
+            on_progress=on_progress,
+            **options,
+        )
     if as_json:
         _print_json(result.record)
     else:

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 from edgekit.data.images import Preprocess
 from edgekit.distribution import LayerDistributions
 from edgekit.errors import OutputError
+from edgekit.finetune import Finetuned
 from edgekit.method import Method
 from edgekit.output import sha256
 from edgekit.target import Target
@@ -100,6 +101,7 @@ class Compressed(Table):
     distributions: tuple[LayerDistributions, ...] = ()
     lifted: Lifted | None = None
     searched: Searched | None = None
+    finetuned: Finetuned | None = None
 
     @property
     def how(self) -> str:

@@ -59,11 +59,15 @@ def test_a_captured_graph_is_the_module_in_another_form() -> None:
     x = torch.randn(5, 3, 8, 8)
     for call in (lambda m: m(x), lambda m: m(x=x)):
         ours, theirs = call(graph), call(module)
-        assert list(ours) == ["scores", "rest"] and isinstance(ours["rest"], tuple) and isinstance(ours["rest"][1], list)
+        assert (
+            list(ours) == ["scores", "rest"] and isinstance(ours["rest"], tuple) and isinstance(ours["rest"][1], list)
+        )
         torch.testing.assert_close(ours["scores"], theirs["scores"], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(ours["rest"][1][0], theirs["rest"][1][0], rtol=1e-5, atol=1e-6)
     names = {name for name, _ in graph.named_parameters()}
-    assert names == {name for name, _ in module.named_parameters() if "bn" not in name and "last" not in name} | {"conv.bias"}
+    assert names == {name for name, _ in module.named_parameters() if "bn" not in name and "last" not in name} | {
+        "conv.bias"
+    }
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     with pytest.raises(SourceError, match="'scale'"):
         graph(x, scale=2.0)
@@ -177,5 +181,7 @@ class Branches(nn.Module):
 
 
 def test_what_cannot_be_captured_names_its_line() -> None:
-    with pytest.raises(SourceError, match=r"branches on the values in a tensor .*test_capture.py, line \d+.*torch.where"):
+    with pytest.raises(
+        SourceError, match=r"branches on the values in a tensor .*test_capture.py, line \d+.*torch.where"
+    ):
         capture(Branches(), images())

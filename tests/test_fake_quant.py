@@ -18,7 +18,9 @@ from edgekit.training.fake_quant import FakeQuantize, quantizers, without_quanti
 TYPES = ("uint8", "int8", "uint4", "int4")
 
 
-def grid(dtype: str, scale: object, zero_point: object, axis: int | None = None, *, narrow: bool = False) -> QuantParams:
+def grid(
+    dtype: str, scale: object, zero_point: object, axis: int | None = None, *, narrow: bool = False
+) -> QuantParams:
     return QuantParams(dtype, np.asarray(scale, np.float32), np.asarray(zero_point, np.int64), axis, narrow)
 
 
@@ -66,7 +68,9 @@ def test_ties_ends_and_what_is_no_number(dtype: str) -> None:
         step = np.float32(scale)
         codes = np.arange(-300, 300, dtype=np.float32)
         ties = (codes + np.float32(0.5)) * step
-        x = np.concatenate([ties, np.nextafter(ties, np.float32(np.inf)), np.nextafter(ties, np.float32(-np.inf)), codes * step])
+        x = np.concatenate(
+            [ties, np.nextafter(ties, np.float32(np.inf)), np.nextafter(ties, np.float32(-np.inf)), codes * step]
+        )
         x = np.concatenate([x, np.array([np.inf, -np.inf, np.nan, 0.0, -0.0, 1e38, -1e38], np.float32)])
         qmin, qmax = INTEGER_RANGES[dtype]
         for zero_point in (0, qmin, qmax, (qmin + qmax + 1) // 2):
@@ -115,7 +119,9 @@ def reference(
 
 
 @pytest.mark.parametrize("axis", [None, 0, 1])
-@pytest.mark.parametrize(("dtype", "zero_point"), [("uint8", 0), ("int8", 0), ("uint8", 121), ("uint4", 0), ("int4", 0)])
+@pytest.mark.parametrize(
+    ("dtype", "zero_point"), [("uint8", 0), ("int8", 0), ("uint8", 121), ("uint4", 0), ("int4", 0)]
+)
 def test_gradients_are_those_of_the_paper(dtype: str, zero_point: int, axis: int | None) -> None:
     rng = np.random.default_rng(3)
     x = rng.normal(0, 1, (6, 5, 7, 3)).astype(np.float32)

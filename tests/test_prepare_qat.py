@@ -121,7 +121,9 @@ def test_trained_grids_are_not_moved(name: str, tmp_path: Path) -> None:
     for quantizer in quantizers(graph):
         own = quantizer.params()
         assert any(
-            np.array_equal(params.scale, own.scale) and np.array_equal(params.zero_point, own.zero_point) and params.fixed
+            np.array_equal(params.scale, own.scale)
+            and np.array_equal(params.zero_point, own.zero_point)
+            and params.fixed
             for params in found
         ), quantizer
     layers = [node for node in model.graph if node.op_type in ("Conv", "Gemm", "MatMul")]
@@ -131,7 +133,9 @@ def test_trained_grids_are_not_moved(name: str, tmp_path: Path) -> None:
 
 def test_quantizers_stand_where_the_target_quantizes() -> None:
     graph = prepare_qat(shaken(Residual()), (normal(16, 3, 12, 12),), "x86-openvino")
-    names = {name.removeprefix("quantizers.") for name, child in graph.named_modules() if isinstance(child, FakeQuantize)}
+    names = {
+        name.removeprefix("quantizers.") for name, child in graph.named_modules() if isinstance(child, FakeQuantize)
+    }
     weights = {"stem__weight", "left__weight", "right__weight", "join__weight", "head__weight"}
     assert weights < names
     assert {"x", "relu", "relu_1", "relu_3"} < names

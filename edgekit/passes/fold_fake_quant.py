@@ -110,7 +110,7 @@ class _Fold:
         if len(source.uses()) == 1:
             self.taken.discard(name)
             source.name = fresh_name(f"{name}_before", self.taken)
-        turned = self._register(name, array.transpose(order), source.dtype or ir.DataType.FLOAT)
+        turned = self._register(name, np.asarray(array, np.float32).transpose(order), source.dtype or ir.DataType.FLOAT)
         turned.metadata_props.update(source.metadata_props)
         axis = None if params.axis is None else order.index(params.axis)
         set_params(turned, dataclasses.replace(params, axis=axis))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import edgekit
 from edgekit.data import BoundData, Dataset, Preprocess, open_data
 from edgekit.distribution import LayerDistributions
 from edgekit.errors import DataError, TargetError
+from edgekit.finetune import Finetune
 from edgekit.graph.annotations import set_sample_shape, without_params
 from edgekit.graph.contract import check_contract, contract
 from edgekit.graph.io import save_annotated
@@ -25,6 +27,7 @@ from edgekit.metric import Evaluate, Runner, open_metric
 from edgekit.output import check_folder, replaced_files, sha256, write_text
 from edgekit.pictures import draw, why_none
 from edgekit.pipelines.decision import Decision, bound, decision_notes, metric_decision, open_decision, settle
+from edgekit.pipelines.finetune import Tuning, training_notes
 from edgekit.pipelines.floor import Goal, changed_answer, lift_notes, look_at_worst, make_goal, meet
 from edgekit.pipelines.floor import explain as measure_layers
 from edgekit.pipelines.quantize import Calibrating, quantize
@@ -101,12 +104,13 @@ def compress(
     seed: int = 0,
     explain: bool = False,
     proxy: str = AUTO,
+    finetune: Finetune | None = None,
     preprocess: Preprocess | None = None,
     trust_checkpoint: bool = False,
     input_shape: str | None = None,
     on_progress: Progress = silent,
 ) -> CompressResult:
-    """Post-training quantization of `source` into the folder `out`.
+    """Quantize `source` into the folder `out`: after training, or after training it for that.
 
     Args:
         source: path of a checkpoint (`.pt`, `.pth`, `.th`, `.safetensors`), an exported program (`.pt2`) or an ONNX file, or an
@@ -126,6 +130,8 @@ def compress(
         explain: measure what quantizing each layer alone does, and draw how the worst layers' numbers lie on their grids.
         proxy: the decision that must survive where no metric and no floor is given: one of `edgekit.proxy.PROXIES`, "auto" for the
             first that suits the outputs, or "none". Layers that lose it are left in float.
+        finetune: train a torch model first, with quantizers or without. What is trained with quantizers is judged by its training: no
+            layer is left in float unless `proxy` or `max_drop` say so.
         preprocess: for images.
         trust_checkpoint: open checkpoints that run pickled code.
         input_shape: of one sample, such as "3x224x224", for synthetic data of a torch model.
@@ -136,12 +142,27 @@ def compress(
     """
     out, rules = Path(out), _rules(target)
     check_folder(out, marker=COMPRESSED, what="an edgekit output folder")
-    judged = not _is_float(method, asked=search or explain or max_drop is not None) and _is_judged(proxy, evaluate)
+    trained = finetune is not None and finetune.qat
+    proxy = NONE if trained and proxy == AUTO else proxy
+    judged = not _is_float(method, asked=search or explain or trained or max_drop is not None) and _is_judged(
+        proxy, evaluate
+    )
     plan = make_plan(out, search=search, seed=seed, time_budget=time_budget, max_drop=max_drop, judged=judged)
     budget = plan.budget_s if plan else time_budget
     goal = make_goal(str(max_drop), budget, out, has_metric=evaluate is not None) if max_drop is not None else None
+    tuning = Tuning(finetune, rules, method, samples, evaluate, preprocess, out, on_progress) if finetune else None
     loaded = _load(
-        source, calibration, model, samples, rules, method, preprocess, trust_checkpoint, input_shape, on_progress
+        source,
+        calibration,
+        model,
+        samples,
+        rules,
+        method,
+        preprocess,
+        trust_checkpoint,
+        input_shape,
+        tuning,
+        on_progress,
     )
     graph, calibrating = loaded.graph, loaded.calibrating
     metric = None if evaluate is None else open_metric(evaluate, loaded.data.inputs, preprocess=preprocess)
@@ -159,6 +180,7 @@ def compress(
         decision_notes(decided) if metric is None else (),
         changed_answer(lifted, measured),
         loaded.remarks,
+        training_notes(tuning),
         _no_pictures() if explain else (),
     )
     record = Compressed(
@@ -170,6 +192,7 @@ def compress(
         distributions=distributions,
         lifted=lifted,
         searched=searched,
+        finetuned=tuning.found if tuning else None,
         notes=tuple(notes),
     )
     return _write(out, graph, loaded.verifying, record)
@@ -185,6 +208,7 @@ def _load(
     preprocess: Preprocess | None,
     trust: bool,
     input_shape: str | None,
+    tuning: Tuning | None,
     on_progress: Progress,
 ) -> _Loaded:
     made_up = isinstance(calibration, str) and calibration == SYNTHETIC
@@ -192,7 +216,8 @@ def _load(
         calibration = synthetic_samples(source, factory=factory, trust=trust, input_shape=input_shape)
     dataset = _open(calibration, preprocess, samples)
     on_progress("load the source", 0, None)
-    graph, origin = load_source(source, dataset, factory=factory, trust=trust, opset=rules.graph.opset)
+    tune = None if tuning is None else partial(tuning.train, dataset)
+    graph, origin = load_source(source, dataset, factory=factory, trust=trust, opset=rules.graph.opset, tune=tune)
     promised = contract(graph)
     data = dataset.bind(input_specs(graph))
     on_progress("bring it into canonical form", 0, None)

@@ -8,6 +8,7 @@ from typing import Any
 
 from edgekit.data.images import Preprocess
 from edgekit.errors import TargetError
+from edgekit.finetune import Finetune
 from edgekit.method import EVERYTHING, LayerMethod, Method
 from edgekit.toml_file import Table, read_toml, validate
 
@@ -42,6 +43,7 @@ class Recipe(Table):
     compress: CompressTable = CompressTable()
     method: Method = EVERYTHING
     data: DataTable = DataTable()
+    finetune: Finetune | None = None
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -69,6 +71,45 @@ def merged_method(
     # What nobody chose stays unset: `--search` may choose it.
     fields = {**base.model_dump(exclude_unset=True), **given, "layers": [*known, *exceptions]}
     return validate(fields, Method, path=Path("command line"))
+
+
+def merged_finetune(base: Finetune | None, given: Mapping[str, Any]) -> Finetune | None:
+    """A recipe's training with what the command line says: fields by name, those of its tables as `table__field`; None where neither
+    asks for one.
+
+    Raises:
+        TargetError: an unknown value.
+    """
+    if base is None and not given:
+        return None
+    fields: dict[str, Any] = {} if base is None else base.model_dump(exclude_unset=True)
+    for name, value in given.items():
+        table, deeper, field = name.partition("__")
+        if not deeper:
+            fields[table] = value
+            continue
+        own = fields[table] = dict(fields.get(table) or {})
+        if (table, field) in (("schedule", "steps"), ("schedule", "epochs")):
+            own.pop("epochs", None)
+            own.pop("steps", None)
+        own[field] = value
+    return validate(fields, Finetune, path=Path("command line"))
+
+
+def few_bits(bits: str | None, given: Mapping[str, Any]) -> dict[str, str]:
+    """What `--bits` stands for among the fields of a method.
+
+    Raises:
+        TargetError: types are given beside it.
+    """
+    if bits is None:
+        return {}
+    beside = [name for name in ("weights", "precision") if name in given]
+    if beside:
+        raise TargetError(
+            f"--bits {bits} and --{beside[0]} {given[beside[0]]} are both given; --bits sets both types: drop one of them"
+        )
+    return {"weights": f"int{bits}", "precision": f"int{bits}"}
 
 
 def _layer(text: str) -> dict[str, str | int]:

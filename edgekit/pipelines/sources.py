@@ -42,7 +42,13 @@ EXAMPLES = 2
 
 
 def load_source(
-    source: object, dataset: Dataset, *, factory: str | Callable[[], object] | None, trust: bool, opset: int
+    source: object,
+    dataset: Dataset,
+    *,
+    factory: str | Callable[[], object] | None,
+    trust: bool,
+    opset: int,
+    tune: Callable[[Any, Source], Any] | None = None,
 ) -> tuple[ir.Model, Source]:
     """The source as a float graph, as it came, and where it came from.
 
@@ -53,6 +59,7 @@ def load_source(
             the callable itself.
         trust: open checkpoints that run pickled code.
         opset: of a graph that is traced here.
+        tune: makes another module of the source's, by training.
 
     Raises:
         SourceError: see `load_onnx`, `load_checkpoint` and `export_onnx`.
@@ -61,6 +68,10 @@ def load_source(
     if path is not None and path.suffix.lower() == ".onnx":
         if factory is not None:
             raise SourceError(f"{path}: an ONNX file holds its model; --model is for checkpoints: leave it out")
+        if tune is not None:
+            raise SourceError(
+                f"{path}: an ONNX file cannot be trained; give the checkpoint that it was exported from, with --model"
+            )
         model = load_onnx(path)
         return model, Source(name=path.name, kind="onnx", sha256=sha256(path), opset=model.opset_imports.get(""))
     # Torch takes seconds to import, and an ONNX file does not need it.
@@ -68,7 +79,9 @@ def load_source(
     from edgekit.training.export_onnx import export_onnx
 
     module, origin = _load_module(source, path, factory, trust)
-    inputs = _without_labels(example_arrays(dataset, EXAMPLES), module)
+    if tune is not None:
+        module = tune(module, origin)
+    inputs = inputs_of(example_arrays(dataset, EXAMPLES), module)
     model = export_onnx(module, inputs, opset=opset)
     check_export(module, model, inputs)
     return model, origin
@@ -209,7 +222,7 @@ def _factory(reference: str | Callable[[], object] | None) -> Callable[[], objec
     return found
 
 
-def _without_labels(
+def inputs_of(
     examples: tuple[NDArray[Any], ...] | dict[str, NDArray[Any]], module: Any
 ) -> tuple[NDArray[Any], ...] | dict[str, NDArray[Any]]:
     """Only what `forward` takes, when the data has more arrays than that."""

@@ -181,7 +181,11 @@ def widened(params: QuantParams, spec: QuantSpec) -> QuantParams:
     start = middle_code(spec.dtype) - params.zero_point if spec.symmetric else lowest - first + 0 * params.zero_point
     low = int(start.max())
     return replace(
-        params, dtype=spec.dtype, zero_point=params.zero_point + start, limits=(first + low, last + low), narrow_range=False
+        params,
+        dtype=spec.dtype,
+        zero_point=params.zero_point + start,
+        limits=(first + low, last + low),
+        narrow_range=False,
     )
 
 

@@ -10,7 +10,7 @@ import copy
 import difflib
 import inspect
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,13 +24,13 @@ from edgekit.training.forward import Array, Call, as_array, calls, difference, e
 from edgekit.training.state_dict import remove_parametrizations
 
 ATEN = torch.ops.aten
-CONVOLUTIONS = {
+CONVOLUTIONS: dict[Any, bool] = {
     ATEN.conv1d.default: False, ATEN.conv2d.default: False, ATEN.conv3d.default: False,
     ATEN.conv_transpose1d.default: True, ATEN.conv_transpose2d.input: True, ATEN.conv_transpose3d.input: True,
 }  # fmt: skip
 """Whether each is transposed. Weight and bias are arguments 1 and 2, as of a linear layer."""
 LINEAR = ATEN.linear.default
-_DROPOUTS: dict[Any, type[nn.Module]] = {
+_DROPOUTS: dict[Any, Callable[[float], nn.Module]] = {
     ATEN.dropout.default: nn.Dropout,
     ATEN.feature_dropout.default: nn.Dropout2d,
     ATEN.alpha_dropout.default: nn.AlphaDropout,
@@ -120,7 +120,9 @@ class _Rebind:
             variadic = self.signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
             flat += [(name, one) for one in value] if variadic else [(name, value)]
         left = [(name, value) for name, value in flat if name not in self.named]
-        extra = [name for name, value in left[self.positional :] if value is not self.signature.parameters[name].default]
+        extra = [
+            name for name, value in left[self.positional :] if value is not self.signature.parameters[name].default
+        ]
         if extra:
             raise SourceError(
                 f"{self.name} was captured without its input {extra[0]!r}; give it in the example inputs, or leave it out"
@@ -181,7 +183,7 @@ def _revive_dropout(graph: fx.GraphModule) -> None:
     for node in list(graph.graph.nodes):
         kind = _DROPOUTS.get(node.target)
         if kind is not None:
-            _replace(graph, node, f"dropout.{node.name}", kind(float(node.args[1])), node.args[0])
+            _replace(graph, node, f"dropout.{node.name}", kind(_number(node.args[1])), node.args[0])
 
 
 def _fold_batchnorms(graph: fx.GraphModule) -> None:
@@ -201,7 +203,8 @@ def _is_foldable(graph: fx.GraphModule, node: fx.Node) -> bool:
     known = [*layer.args[1:3], *node.args[1:5]]
     sources = [one for one in known if isinstance(one, fx.Node)]
     alone = all(one.op == "get_attr" and _is_alone(graph, one) for one in sources)
-    return alone and groups == 1 and None not in node.args[3:5] and layer.kwargs == {}
+    known_statistics = all(isinstance(one, fx.Node) for one in node.args[3:5])
+    return bool(alone and groups == 1 and known_statistics and not layer.kwargs)
 
 
 def _is_alone(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -220,14 +223,16 @@ def _fold(graph: fx.GraphModule, node: fx.Node) -> None:
     given = [None if one is None else _attribute(graph, one).detach() for one in (weight, bias, *node.args[1:5])]
     old_weight, old_bias, gain, shift, mean, variance = given
     assert old_weight is not None and mean is not None and variance is not None
-    epsilon = float(node.args[7])
+    epsilon = _number(node.args[7])
     made: tuple[Tensor, Tensor]
     if layer.target is LINEAR:
         zeros = torch.zeros_like(mean) if old_bias is None else old_bias
         made = fuse_linear_bn_weights(old_weight, zeros, mean, variance, epsilon, gain if gain is not None else torch.ones_like(mean),
                                       shift if shift is not None else torch.zeros_like(mean))  # fmt: skip
     else:
-        made = fuse_conv_bn_weights(old_weight, old_bias, mean, variance, epsilon, gain, shift, CONVOLUTIONS[layer.target])
+        made = fuse_conv_bn_weights(
+            old_weight, old_bias, mean, variance, epsilon, gain, shift, CONVOLUTIONS[layer.target]
+        )
     path = str(weight.target)
     bias_path = str(bias.target) if isinstance(bias, fx.Node) else f"{path.rpartition('.')[0]}.bias".lstrip(".")
     _set_parameter(graph, path, made[0])
@@ -243,9 +248,9 @@ def _revive_batchnorms(graph: fx.GraphModule) -> None:
     """A BatchNorm that stays obeys `train()` again; its parameters keep their names."""
     for node in list(graph.graph.nodes):
         if node.target is ATEN.batch_norm.default:
-            training, momentum, epsilon = node.args[5:8]
+            momentum, epsilon = (_number(node.args[place]) for place in (6, 7))
             name = f"batchnorm.{node.name}"
-            graph.add_submodule(name, _BatchNorm(float(momentum), float(epsilon)))
+            graph.add_submodule(name, _BatchNorm(momentum, epsilon))
             with graph.graph.inserting_before(node):
                 new = graph.graph.call_module(name, node.args[:5])
             _take_place(node, new)
@@ -263,9 +268,7 @@ class _BatchNorm(nn.Module):
         self, x: Tensor, gain: Tensor | None, shift: Tensor | None, mean: Tensor | None, variance: Tensor | None
     ) -> Tensor:
         by_batch = (self.training and not self.frozen) or mean is None
-        return torch.nn.functional.batch_norm(
-            x, mean, variance, gain, shift, by_batch, self.momentum, self.epsilon
-        )
+        return torch.nn.functional.batch_norm(x, mean, variance, gain, shift, by_batch, self.momentum, self.epsilon)
 
     def freeze(self) -> None:
         """Leave the running statistics where they are from now on, and use them."""
@@ -331,6 +334,11 @@ def _attribute(graph: fx.GraphModule, node: Any) -> Tensor:
 
 def _set_parameter(graph: fx.GraphModule, path: str, value: Tensor) -> None:
     setattr(_owner(graph, path), path.rpartition(".")[2], nn.Parameter(value.detach().clone()))
+
+
+def _number(argument: object) -> float:
+    assert isinstance(argument, int | float), "torch captures numbers as they are"
+    return float(argument)
 
 
 def _shape(node: fx.Node) -> tuple[Any, ...]:

@@ -48,6 +48,8 @@ class FakeQuantize(nn.Module):
     gain: nn.Parameter
     base: Tensor
     zero_point: Tensor
+    low: Tensor
+    high: Tensor
 
     def __init__(self, params: QuantParams, *, tracked: bool = False) -> None:
         super().__init__()
@@ -210,7 +212,10 @@ def _inside_of_tensor(gradient: Tensor, x: Tensor, step: float, low: float, high
 def _sum(a: Tensor, b: Tensor, axis: int | None) -> Tensor:
     """The sum of products, over all axes but one."""
     if axis is None:
-        order = sorted(range(b.dim()), key=lambda place: -b.stride(place))  # as it lies in memory, or flattening would copy it
+        strides = b.stride()
+        order = sorted(
+            range(b.dim()), key=lambda place: -strides[place]
+        )  # as it lies in memory: flattening copies otherwise
         return torch.dot(a.permute(order).reshape(-1), b.permute(order).reshape(-1))
     return (a * b).sum([other for other in range(a.dim()) if other != axis])
 

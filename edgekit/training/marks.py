@@ -39,7 +39,7 @@ class Exported:
             if value in seen:
                 continue
             seen.add(value)
-            if value.name in self.made:
+            if value.name is not None and value.name in self.made:
                 return self.made[value.name][0]
             waiting += [output for use in value.uses() for output in use.node.outputs]
         return None

@@ -7,7 +7,7 @@ the same code, and what comes out is carried back to the captured graph. So what
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,7 +26,7 @@ from edgekit.passes.assign_specs import assign_precisions, assign_specs
 from edgekit.passes.unify_params import unify_params
 from edgekit.quant.spec import QuantParams, same_grid
 from edgekit.target import PORTABLE, Target, load_target
-from edgekit.training.capture import CONVOLUTIONS, LINEAR, capture
+from edgekit.training.capture import CONVOLUTIONS, LINEAR, Captured, capture
 from edgekit.training.fake_quant import FakeQuantize, RoundBias
 from edgekit.training.forward import Array
 from edgekit.training.marks import Exported, export_marked
@@ -48,7 +48,8 @@ def prepare_qat(
     method: Method = EVERYTHING,
     scales: Scales = "learned",
     calibration: Iterable[Batch] | None = None,
-) -> fx.GraphModule:
+    taps: Sequence[str] = (),
+) -> Captured:
     """A copy of `module`, as a graph, that rounds tensors where `target` does; for `edgekit.compress` once it is trained.
 
     It is called as the module is, returns what that returns, and its parameters have the same names, but those of BatchNorms that
@@ -62,6 +63,7 @@ def prepare_qat(
         method: types and calibrators, for all layers or some; what is for after training only (GPTQ, smoothing) is not used.
         scales: "learned" by gradient, or "tracked" by moving averages of the extremes.
         calibration: batches by the names of the inputs, in the place of `example_inputs`.
+        taps: layers whose outputs can be read; see `capture`.
 
     Raises:
         SourceError: torch cannot capture the module (the message names the line), or it does not run on the inputs.
@@ -71,7 +73,7 @@ def prepare_qat(
     rules = load_target(target) if isinstance(target, str) else target
     check_operators(rules)
     few = _first(example_inputs, TRACED_WITH)
-    graph = capture(module, few)
+    graph = capture(module, few, taps=taps)
     exported = export_marked(graph, few, opset=rules.graph.opset)
     names = [value.name or "" for value in exported.model.graph.inputs]
     batches = list(calibration or [_batch(example_inputs, names)])
@@ -199,11 +201,19 @@ class _Inserting:
         """Round the bias of a layer whose input and weight are rounded, as part of the sum of their products."""
         layer = self.nodes[owner]
         weight, bias = (layer.args[index] if len(layer.args) > index else None for index in (1, 2))
-        rounds = isinstance(weight, fx.Node) and weight.op == "call_module" and str(weight.target).startswith(QUANTIZERS)
-        if layer.target not in (LINEAR, *CONVOLUTIONS) or id(params) not in self.modules or not rounds or not isinstance(bias, fx.Node):
+        if (
+            layer.target not in (LINEAR, *CONVOLUTIONS)
+            or not isinstance(weight, fx.Node)
+            or not isinstance(bias, fx.Node)
+        ):
             return
-        grids = [self.graph.get_submodule(str(path)) for path in (self.modules[id(params)], weight.target)]
-        activation, of_weight = (grid for grid in grids if isinstance(grid, FakeQuantize))
+        paths = self.modules.get(id(params), ""), str(weight.target)
+        grids = [self.graph.get_submodule(path) for path in paths if path.startswith(f"{QUANTIZERS}.")]
+        activation, of_weight = (
+            [grid for grid in grids if isinstance(grid, FakeQuantize)] if len(grids) == 2 else (None, None)
+        )
+        if activation is None or of_weight is None:
+            return
         name = f"{BIASES}.{layer.name}"
         self.graph.add_submodule(name, RoundBias(activation, of_weight))
         with self.graph.graph.inserting_before(layer):
@@ -233,7 +243,14 @@ def _weight_axis(layer: fx.Node, weight: fx.Node) -> int:
 
 def _on_axis(params: QuantParams, axis: int | None) -> QuantParams:
     return QuantParams(
-        params.dtype, params.scale, params.zero_point, axis, params.narrow_range, params.observer, params.low, params.high
+        params.dtype,
+        params.scale,
+        params.zero_point,
+        axis,
+        params.narrow_range,
+        params.observer,
+        params.low,
+        params.high,
     )
 
 
