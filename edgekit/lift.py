@@ -27,6 +27,9 @@ from edgekit.trials import Lifted, LiftState, LiftTrial
 
 Arrays = Mapping[str, NDArray[np.generic]]
 
+WORTH = 2
+"""How many times as many layers an aim above the floor may take as the floor itself does."""
+
 
 @dataclass(frozen=True, slots=True)
 class Floor:
@@ -76,6 +79,7 @@ def lift(
     floor: Floor,
     *,
     ranking: Sequence[str],
+    aim: Floor | None = None,
     metric: Evaluate | None = None,
     time_budget_s: float = math.inf,
     state: LiftState | None = None,
@@ -97,6 +101,7 @@ def lift(
         batches: feeds on which outputs are compared with float; not read for points of a metric.
         floor: the goal.
         ranking: names of layers, the worst first; see `edgekit.sensitivity.rank`.
+        aim: more than the floor, of its kind: gone for, and taken where it needs no more than `WORTH` times as many layers.
         metric: the user's; needed for a floor in points.
         time_budget_s: seconds.
         state: of an earlier search; what it tried is not tried again, unless the model, the target or the samples are others.
@@ -117,7 +122,8 @@ def lift(
     def value_of(lifted: frozenset[str]) -> float:
         return judge(Session(lower_qdq(model, target, keep_float=lifted), optimize=True, threads=threads).run)
 
-    search = _Search(key, value_of, needed, time_budget_s, on_trial, on_progress, known, _estimate(len(ranking)))
+    aimed = max(needed, (aim or floor).needed(float_value))
+    search = _Search(key, value_of, needed, aimed, time_budget_s, on_trial, on_progress, known, _estimate(len(ranking)))
     try:
         search.find(ranking)
         finished = True
@@ -152,11 +158,12 @@ class _TimeIsUp(Exception):
 
 @dataclass(slots=True)
 class _Search:
-    """The trials, and what they may cost."""
+    """The trials, and what they may cost; they go for what is `aimed` at, and `needed` will do."""
 
     key: str
     value_of: Callable[[frozenset[str]], float]
     needed: float
+    aimed: float
     time_budget_s: float
     on_trial: Callable[[LiftState], None] | None
     on_progress: Progress
@@ -204,18 +211,23 @@ class _Search:
                 self.on_trial(self.state())
             done = len(self.known)
             self.on_progress(
-                f"lift: {self.known[wanted]:.5g} with {len(wanted)} layers in float, {self.needed:.5g} wanted",
+                f"lift: {self.known[wanted]:.5g} with {len(wanted)} layers in float, {self.aimed:.5g} wanted",
                 done,
                 max(done, self.expected),
             )
-        return self.known[wanted] >= self.needed
+        return self.known[wanted] >= self.aimed
 
     def best(self) -> frozenset[str]:
-        """The smallest set that meets the floor, of equal ones the better; where none does, the best, of equal ones the smaller."""
-        met = [lifted for lifted, value in self.known.items() if value >= self.needed]
-        if met:
-            return min(met, key=lambda lifted: (len(lifted), -self.known[lifted], sorted(lifted)))
-        return max(self.known, key=lambda lifted: (self.known[lifted], -len(lifted)))
+        """The smallest set that meets the aim, if it is worth it, or the floor; where none does, the best, of equal ones the smaller."""
+        enough, ideal = self._smallest(self.needed), self._smallest(self.aimed)
+        if enough is None:
+            return max(self.known, key=lambda lifted: (self.known[lifted], -len(lifted)))
+        return ideal if ideal is not None and len(ideal) <= WORTH * max(1, len(enough)) else enough
+
+    def _smallest(self, least: float) -> frozenset[str] | None:
+        """The smallest set that is worth so much, of equal ones the better."""
+        met = [lifted for lifted, value in self.known.items() if value >= least]
+        return min(met, key=lambda lifted: (len(lifted), -self.known[lifted], sorted(lifted)), default=None)
 
     def state(self) -> LiftState:
         """All trials, in order."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -19,7 +20,7 @@ from edgekit.metric import Evaluate, Runner
 from edgekit.records import Metric
 from edgekit.sensitivity import Fidelity
 from edgekit.target import load_target
-from edgekit.trials import LiftState
+from edgekit.trials import Lifted, LiftState
 from graphs import Array
 from networks import annotate, residual_net, samples, simulate, text, token_net
 
@@ -262,3 +263,20 @@ def test_layers_of_every_kind_are_lifted_for_every_later_use(method: Method, tmp
     assert record.lifted is not None and record.proxy is not None
     assert len(record.sensitivity) == len(record.lifted.lifted) == 3
     assert record.proxy.after > 100
+
+
+def test_more_than_the_floor_is_taken_where_it_costs_little(model: ir.Model, batches: list[dict[str, Array]]) -> None:
+    """With two bad layers of many: the floor takes one, an aim that takes both is worth it, one that takes all is not."""
+    bad = coarse(model, "a2", "c1")
+    ranking = ("a2", "c1", *(name for name in LAYERS if name not in ("a2", "c1")))
+
+    def lifted(least: float, **options: Any) -> Lifted:
+        return lift(bad, PORTABLE, batches, Floor("dB", least), ranking=ranking, threads=1, **options)
+
+    both = lifted(25)
+    values = {trial.lifted: trial.value for trial in both.state.trials}
+    floor = (both.before + values["a2",]) / 2
+    assert lifted(floor).lifted == ("a2",)
+    assert lifted(floor, aim=Floor("dB", 25)).lifted == ("a2", "c1") == both.lifted
+    unreached = lifted(floor, aim=Floor("dB", 150))
+    assert unreached.met and len(unreached.lifted) <= 2

@@ -55,7 +55,8 @@ class Decision:
         proxy: None where outputs are only compared as signals, or a metric decides.
         evaluate: the number, higher is better.
         floor: the least that is good enough.
-        aim: what layers are lifted for, as `--max-drop` would say it, in points that are lost; at least the floor.
+        floor_text: the floor as `--max-drop` would say it, in points that are lost.
+        aim: what layers are lifted for, the same way; at least the floor.
         samples: how many decide.
         float_metric: of the float model, where a metric decides.
     """
@@ -63,6 +64,7 @@ class Decision:
     proxy: Proxy | None
     evaluate: Evaluate
     floor: float
+    floor_text: str
     aim: str
     samples: int
     float_metric: Metric | None = None
@@ -90,12 +92,12 @@ def open_decision(graph: ir.Model, samples: BoundData, kind: str = AUTO) -> Deci
     proxy = choose_proxy(floats, feeds, kind)
     count = sum(next((len(array) for array in batch.values() if array.ndim), 1) for batch in feeds)
     if proxy is not None:
-        return Decision(proxy, open_proxy(proxy, feeds, floats), FLOOR, f"{100 * (1 - AIM):g}", count)
+        return Decision(proxy, open_proxy(proxy, feeds, floats), FLOOR, *(f"{100 * (1 - share):g}" for share in (FLOOR, AIM)), count)
     if not any(array.dtype.kind == "f" for array in floats[0].values()):
         return None
     judge = judge_outputs(graph, feeds, cosine=False)
     lost = f"{LARGEST_DB - FLOOR_DB:g}"
-    return Decision(None, lambda run: Metric(name=SQNR, value=judge(run)), FLOOR_DB, lost, count)
+    return Decision(None, lambda run: Metric(name=SQNR, value=judge(run)), FLOOR_DB, lost, lost, count)
 
 
 def metric_decision(graph: ir.Model, metric: Evaluate, samples: int, *, lift: bool) -> Decision:
@@ -109,7 +111,7 @@ def metric_decision(graph: ir.Model, metric: Evaluate, samples: int, *, lift: bo
     """
     found = metric(Session(graph, optimize=True).run)
     floor = Floor("points", MOST_LOST).needed(found.value) if lift else -math.inf
-    return Decision(None, metric, floor, f"{MOST_LOST:g}", samples, found)
+    return Decision(None, metric, floor, f"{MOST_LOST:g}", f"{MOST_LOST:g}", samples, found)
 
 
 def bound(samples: Arrays, graph: ir.Model) -> BoundData:
@@ -144,7 +146,7 @@ def settle(
         found = explain(seen, rules, calibrating, on_progress, samples=samples, focus=decision.focus) if seen else ()
         if found:
             left = max(budget_s - (time.monotonic() - begin), budget_s / 4)
-            goal = make_goal(decision.aim, left, out, has_metric=True)
+            goal = make_goal(decision.floor_text, left, out, has_metric=True, aim=decision.aim)
             graph, lifted = meet(graph, rules, goal, found, calibrating, decision.evaluate, on_progress)
             after = decision.judge(graph, rules)
     return graph, lifted, _record(decision, before, after)
@@ -160,7 +162,7 @@ def settle_target(
     record = stored.record
     if decision is None or record.proxy is None or record.proxy.after < decision.floor:
         return stored, None
-    if record.lifted is not None and record.lifted.floor != decision.aim:
+    if record.lifted is not None and record.lifted.floor != decision.floor_text:
         return stored, None
     count = len(next(iter(stored.held_back.batches(RANKED_BY))))
     samples = Calibrating(stored.held_back, max(count, RANKED_BY), on_progress)

@@ -47,14 +47,16 @@ class Goal:
         max_drop: see `edgekit.lift.parse_floor`.
         budget_s: seconds for the search.
         state: file in which an interrupted search is remembered.
+        aim: the same for what the search goes for, if it is worth it; see `edgekit.lift.lift`.
     """
 
     max_drop: str
     budget_s: float
     state: Path
+    aim: str
 
 
-def make_goal(max_drop: str, budget_s: float | None, out: Path, *, has_metric: bool) -> Goal:
+def make_goal(max_drop: str, budget_s: float | None, out: Path, *, has_metric: bool, aim: str = "") -> Goal:
     """What `--max-drop` and `--time-budget` ask for; an interrupted search is remembered beside `out`.
 
     Raises:
@@ -65,7 +67,7 @@ def make_goal(max_drop: str, budget_s: float | None, out: Path, *, has_metric: b
             f"--max-drop {max_drop} is in points of a metric, and there is none: give --evaluate, or a floor of the outputs "
             "such as 30dB or cos0.999"
         )
-    return Goal(max_drop, budget_s or DEFAULT_BUDGET_S, out.parent / f".{out.name}.search.json")
+    return Goal(max_drop, budget_s or DEFAULT_BUDGET_S, out.parent / f".{out.name}.search.json", aim or max_drop)
 
 
 def explain(
@@ -143,6 +145,7 @@ def meet(
         _feeds(batches),
         floor,
         ranking=rank(found),
+        aim=parse_floor(goal.aim),
         metric=metric,
         time_budget_s=goal.budget_s,
         state=_remembered(goal.state),
