@@ -24,7 +24,7 @@ _WIDTH_WITHOUT_TERMINAL = 160
 
 @contextmanager
 def progress_bars(*, quiet: bool) -> Iterator[Progress]:
-    """A bar a step, on stderr; nothing when that is no terminal or `quiet`."""
+    """A bar a step, on stderr; nothing when that is no terminal or `quiet`. What a step says behind a colon may change."""
     if quiet or not sys.stderr.isatty():  # not console.is_terminal, which FORCE_COLOR makes true in a log file
         yield silent
         return
@@ -39,11 +39,12 @@ def progress_bars(*, quiet: bool) -> Iterator[Progress]:
         tasks: dict[str, TaskID] = {}
 
         def show(step: str, done: int, total: int | None) -> None:
-            if step not in tasks:
+            name = step.partition(":")[0]
+            if name not in tasks:
                 for task in tasks.values():
                     bars.update(task, visible=False)
-                tasks[step] = bars.add_task(step, total=total)
-            bars.update(tasks[step], completed=done, total=total)
+                tasks[name] = bars.add_task(step, total=total)
+            bars.update(tasks[name], description=step, completed=done, total=total)
 
         yield show
 

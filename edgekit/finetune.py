@@ -68,3 +68,17 @@ class Finetuned(Table):
     start: float | None = None
     after: float | None = None
     remarks: tuple[str, ...] = ()
+
+    @property
+    def told(self) -> str:
+        """What it did, in one sentence."""
+        samples = f" on {self.samples:,} samples" if self.samples is not None else ""
+        again = f" (from step {self.resumed_from} on)" if self.resumed_from else ""
+        best = f", the weights of step {self.kept_step}" if self.kept_step != self.steps else ""
+        text = (
+            f"{self.summary}{samples}, from {self.learned_from}: {self.steps} steps{again} in {self.seconds:.0f} s{best}; "
+            f"loss {self.first_loss:.4g}, then {self.last_loss:.4g}"
+        )
+        if self.before is None or self.start is None or self.after is None:
+            return text
+        return f"{text}; metric {self.before:.4f} as it came, {self.start:.4f} when training began, {self.after:.4f} after it"

@@ -190,6 +190,8 @@ def _compression(compressed: Compressed) -> list[str]:
         f"- edgekit {compressed.edgekit}, "
         + ", ".join(f"{name} {number}" for name, number in compressed.versions.items()),
     ]
+    if compressed.finetuned:
+        lines.append(f"- trained: {compressed.finetuned.told}")
     if compressed.proxy:
         lines.append(
             f"- {compressed.proxy.name} with float: {compressed.proxy.after:.4g} in simulated int8, {compressed.proxy.floor:g} wanted"

@@ -28,7 +28,7 @@ LEVELS = (
     "sensitivity tuning proxy",
     "lift search",
     "pipelines",
-    "console",
+    "console options",
     "demo",
     "cli",
 )

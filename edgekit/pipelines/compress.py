@@ -27,7 +27,7 @@ from edgekit.metric import Evaluate, Runner, open_metric
 from edgekit.output import check_folder, replaced_files, sha256, write_text
 from edgekit.pictures import draw, why_none
 from edgekit.pipelines.decision import Decision, bound, decision_notes, metric_decision, open_decision, settle
-from edgekit.pipelines.finetune import Tuning, training_notes
+from edgekit.pipelines.finetune import Tuning
 from edgekit.pipelines.floor import Goal, changed_answer, lift_notes, look_at_worst, make_goal, meet
 from edgekit.pipelines.floor import explain as measure_layers
 from edgekit.pipelines.quantize import Calibrating, quantize
@@ -73,6 +73,19 @@ class CompressResult:
 
     model: Path
     record: Compressed
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """The source and the samples, as `compress` takes them."""
+
+    source: object
+    calibration: Calibration
+    model: str | Callable[[], object] | None
+    samples: int
+    preprocess: Preprocess | None
+    trust: bool
+    input_shape: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,28 +155,14 @@ def compress(
     """
     out, rules = Path(out), _rules(target)
     check_folder(out, marker=COMPRESSED, what="an edgekit output folder")
-    trained = finetune is not None and finetune.qat
-    proxy = NONE if trained and proxy == AUTO else proxy
-    judged = not _is_float(method, asked=search or explain or trained or max_drop is not None) and _is_judged(
-        proxy, evaluate
-    )
+    proxy = _judge(proxy, evaluate, method, finetune, asked=search or explain or max_drop is not None)
+    judged = evaluate is None and proxy != NONE
     plan = make_plan(out, search=search, seed=seed, time_budget=time_budget, max_drop=max_drop, judged=judged)
     budget = plan.budget_s if plan else time_budget
     goal = make_goal(str(max_drop), budget, out, has_metric=evaluate is not None) if max_drop is not None else None
+    given = _Given(source, calibration, model, samples, preprocess, trust_checkpoint, input_shape)
     tuning = Tuning(finetune, rules, method, samples, evaluate, preprocess, out, on_progress) if finetune else None
-    loaded = _load(
-        source,
-        calibration,
-        model,
-        samples,
-        rules,
-        method,
-        preprocess,
-        trust_checkpoint,
-        input_shape,
-        tuning,
-        on_progress,
-    )
+    loaded = _load(given, rules, tuning, on_progress, dequantize=method.dequantize)
     graph, calibrating = loaded.graph, loaded.calibrating
     metric = None if evaluate is None else open_metric(evaluate, loaded.data.inputs, preprocess=preprocess)
     decision = _decision(graph, loaded, metric, proxy, asked=goal is not None, dequantize=method.dequantize)
@@ -172,20 +171,9 @@ def compress(
     found, distributions = _looked_at(graph, rules, calibrating, explain, goal, on_progress)
     graph, lifted = meet(graph, rules, goal, found, calibrating, metric, on_progress) if goal else (graph, None)
     graph, lifted, decided = settle(graph, rules, decision, lifted, calibrating, budget, out, on_progress)
-    measured = _measured(decision, decided)
-    notes = chain(
-        _remarks(graph, rules, loaded, method),
-        search_notes(searched),
-        lift_notes(lifted, decided.name if decided and not goal else ""),
-        decision_notes(decided) if metric is None else (),
-        changed_answer(lifted, measured),
-        loaded.remarks,
-        training_notes(tuning),
-        _no_pictures() if explain else (),
-    )
     record = Compressed(
         **_about(graph, rules, loaded, method),
-        **measured,
+        **_measured(decision, decided),
         evaluate=_reference(evaluate),
         preprocess=preprocess,
         sensitivity=found,
@@ -193,41 +181,30 @@ def compress(
         lifted=lifted,
         searched=searched,
         finetuned=tuning.found if tuning else None,
-        notes=tuple(notes),
     )
-    return _write(out, graph, loaded.verifying, record)
+    notes = tuple(_notes(record, graph, rules, loaded, asked=goal is not None, explain=explain))
+    return _write(out, graph, loaded.verifying, record.model_copy(update={"notes": notes}))
 
 
-def _load(
-    source: object,
-    calibration: Calibration,
-    factory: str | Callable[[], object] | None,
-    samples: int,
-    rules: Target,
-    method: Method,
-    preprocess: Preprocess | None,
-    trust: bool,
-    input_shape: str | None,
-    tuning: Tuning | None,
-    on_progress: Progress,
-) -> _Loaded:
+def _load(given: _Given, rules: Target, tuning: Tuning | None, on_progress: Progress, *, dequantize: bool) -> _Loaded:
+    calibration, how = given.calibration, {"factory": given.model, "trust": given.trust}
     made_up = isinstance(calibration, str) and calibration == SYNTHETIC
     if made_up:
-        calibration = synthetic_samples(source, factory=factory, trust=trust, input_shape=input_shape)
-    dataset = _open(calibration, preprocess, samples)
+        calibration = synthetic_samples(given.source, **how, input_shape=given.input_shape)
+    dataset = _open(calibration, given.preprocess, given.samples)
     on_progress("load the source", 0, None)
     tune = None if tuning is None else partial(tuning.train, dataset)
-    graph, origin = load_source(source, dataset, factory=factory, trust=trust, opset=rules.graph.opset, tune=tune)
+    graph, origin = load_source(given.source, dataset, **how, opset=rules.graph.opset, tune=tune)
     promised = contract(graph)
     data = dataset.bind(input_specs(graph))
     on_progress("bring it into canonical form", 0, None)
     examples = first_batch(data, EXAMPLES)
     graph = canonicalize(graph, examples, opset=rules.graph.opset)
-    graph = rewrite(without_params(graph) if method.dequantize else graph, examples)
+    graph = rewrite(without_params(graph) if dequantize else graph, examples)
     check_contract(promised, graph)
     for value in graph.graph.inputs:
         set_sample_shape(value, examples[value.name or ""].shape)
-    calibrating = Calibrating(data, calibrating_samples(data, samples), on_progress)
+    calibrating = Calibrating(data, calibrating_samples(data, given.samples), on_progress)
     verifying, held, remark = held_back(data, calibrating.stop)
     remarks = tuple(filter(None, (remark, MADE_UP if made_up else "")))
     return _Loaded(graph, origin, data, calibrating, verifying, held, remarks)
@@ -239,23 +216,19 @@ def _rules(target: str) -> Target:
     return rules
 
 
-def _is_float(method: Method, *, asked: bool) -> bool:
-    """Whether only the float model is wanted; what would be ignored then, options or what was `asked` of the result, is refused."""
-    if method.dequantize and (asked or method != Method(dequantize=True)):
+def _judge(proxy: str, evaluate: object, method: Method, finetune: Finetune | None, *, asked: bool) -> str:
+    """The decision that stands in for a metric; options that would be ignored are refused, such as what was `asked` of the result."""
+    trained = finetune is not None and finetune.qat
+    if method.dequantize and (asked or trained or method != Method(dequantize=True)):
         raise TargetError(
             "--dequantize gives the float model and quantizes nothing: drop what says how to quantize, or how good that must be; "
             "the float model can be compressed like any other"
         )
-    return method.dequantize
-
-
-def _is_judged(proxy: str, evaluate: object) -> bool:
-    """Whether a decision stands in for a metric."""
     if evaluate is not None and proxy not in (AUTO, NONE):
         raise DataError(
             f"--proxy {proxy} and --evaluate are both given; the metric decides where there is one: drop one of them"
         )
-    return evaluate is None and proxy != NONE
+    return NONE if method.dequantize or (trained and proxy == AUTO) else proxy
 
 
 def _decision(
@@ -321,6 +294,23 @@ def _about(graph: ir.Model, rules: Target, loaded: _Loaded, method: Method) -> d
         "layers": tuple(map(_layer, layers(graph))),
         "stays_float": stays_float(graph, rules),
     }
+
+
+def _notes(
+    record: Compressed, graph: ir.Model, rules: Target, loaded: _Loaded, *, asked: bool, explain: bool
+) -> Iterator[str]:
+    """What the user should know; whether layers were left in float for a floor that was `asked` for makes a difference."""
+    judge = record.proxy or record.simulated_metric
+    return chain(
+        _remarks(graph, rules, loaded, record.method),
+        search_notes(record.searched),
+        lift_notes(record.lifted, judge.name if judge and not asked else ""),
+        decision_notes(record.proxy),
+        changed_answer(record.lifted, record.float_metric),
+        loaded.remarks,
+        record.finetuned.remarks if record.finetuned else (),
+        _no_pictures() if explain else (),
+    )
 
 
 def _no_pictures() -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,9 +63,3 @@ class Tuning:
             on_progress=self.on_progress,
         )
         return trained
-
-
-def training_notes(tuning: Tuning | None) -> Iterator[str]:
-    """What to tell of a training."""
-    if tuning is not None and tuning.found is not None:
-        yield from tuning.found.remarks

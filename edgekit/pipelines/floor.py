@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -27,7 +26,7 @@ from edgekit.pipelines.quantize import Calibrating
 from edgekit.pipelines.remarks import listed
 from edgekit.pipelines.split import BATCH_SIZE, feeds_of
 from edgekit.progress import Progress
-from edgekit.records import LayerSensitivity, read_record
+from edgekit.records import LayerSensitivity, Metric, read_record
 from edgekit.sensitivity import Arrays, rank, sensitivity
 from edgekit.target import Target
 from edgekit.trials import Lifted, LiftState
@@ -192,9 +191,9 @@ def lift_notes(lifted: Lifted | None, decision: str = "") -> Iterator[str]:
     yield f"{subject} {outcome} {kept}: {numbers}{more}"
 
 
-def changed_answer(lifted: Lifted | None, measured: Mapping[str, Any]) -> Iterator[str]:
-    """Whether the metric of the float model, `float_metric` of what was measured, was another one when the search for a floor began."""
-    before, again = None if lifted is None else lifted.float_value, measured.get("float_metric")
+def changed_answer(lifted: Lifted | None, again: Metric | None) -> Iterator[str]:
+    """Whether the metric of the float model was another one when the search for a floor began."""
+    before = None if lifted is None else lifted.float_value
     if before is not None and again is not None and not math.isclose(before, again.value, rel_tol=1e-6):
         yield (
             f"--evaluate {again.name} gave {before:.6g} and then {again.value:.6g} for the same float model, so what was found with it "

@@ -1,0 +1,248 @@
+"""ResNet-20 on CIFAR-10 as JPEG: 8 and 4 bits after training and while training, with labels and without; the exported files are scored."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+import onnx
+import resnet20
+from claims import Claim, as_text
+from latency import Effort, latencies
+from qat_part import Part, holds
+from scoring import Entry
+from subject import exported, threaded
+from torch import nn
+
+import edgekit
+from edgekit.data import open_data
+from edgekit.finetune import Finetune
+from edgekit.graph.run import Session
+from edgekit.method import Method
+from edgekit.pipelines.sources import input_specs
+from edgekit.records import MODEL
+from edgekit.reference import resolve_reference
+from edgekit.schedule import Augment, Schedule
+from edgekit.target import load_target
+from edgekit.training.checkpoint import load_checkpoint
+from edgekit.training.finetune import finetune
+from edgekit.worker import Worker
+
+EPOCHS = 3
+SEEDS = (0, 1, 2)
+TARGETS = ("x86-onnxruntime", "x86-openvino", "cuda-tensorrt")
+CALIBRATION = 512
+FLOAT = Schedule(epochs=EPOCHS, optimizer="sgd", learning_rate=0.01, batch_size=128, track="none", save_every=0)
+QAT8 = FLOAT.model_copy(update={"learning_rate": 1e-3})
+QAT4 = FLOAT.model_copy(update={"learning_rate": 3e-3})
+VARIED = Augment(flip=True, crop=4)
+FOUR = Method(weights="int4", precision="int4")
+MOST_LOST_8, LEAST_4, LEAST_WON_4 = 0.002, 0.850, 0.06
+EFFORT = Effort(rounds=3, bursts=5, burst_seconds=0.2)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One way of getting a file: top-1 by target, seconds of training, folder of the compressed model."""
+
+    label: str
+    top1: Mapping[str, float]
+    seconds: float
+    folder: Path
+
+
+def resnet20_section(zoo: Path, folder: Path) -> Part:
+    """All runs from one float network that was fine-tuned on the JPEG images first."""
+    begin = time.monotonic()
+    work = _Work(zoo, folder)
+    factory = resolve_reference(str(resnet20.FACTORY), error=RuntimeError, what="factory")
+    assert callable(factory)
+    came = load_checkpoint(zoo / resnet20.CHECKPOINT, factory=factory)
+    start = work.fit(came, FLOAT, "fine-tune")
+    runs = [work.ptq("float and PTQ before", start, Method())]
+    longer = [work.score(work.fit(start, _seeded(FLOAT, seed), f"float, seed {seed}")) for seed in SEEDS]
+    eight = [work.qat(f"W8A8 QAT, seed {seed}", start, Method(), _seeded(QAT8, seed)) for seed in SEEDS]
+    four = [work.qat(f"W4A4 QAT, seed {seed}", start, FOUR, _seeded(QAT4, seed)) for seed in SEEDS]
+    ptq4 = work.ptq("W4A4 PTQ", start, FOUR)
+    free = work.qat("W4A4 QAT, no labels", start, FOUR, _seeded(QAT4, 0), labels=False)
+    runs += [*eight, ptq4, *four, free]
+    note = (
+        f"The checkpoint scores {work.score(came):.4f} on the 2,000 JPEG test images, {work.score(start):.4f} after {EPOCHS} epochs of "
+        f"fine-tuning on the 10,000 training images: there all rows begin. {EPOCHS} epochs more in float: {_spread(longer)} over "
+        f"{len(SEEDS)} seeds. Each row is what the exported file scores on its runtime (TensorRT's: its simulation). In all "
+        f"{(time.monotonic() - begin) / 60:.0f} minutes."
+    )
+    heads = ["file", *TARGETS, "seconds of training"]
+    rows = [[run.label, *(f"{run.top1[name]:.4f}" for name in TARGETS), f"{run.seconds:.0f}"] for run in runs]
+    claims = list(_claims(work, runs[0], longer, eight, ptq4, four, free, work.score(start)))
+    return Part("ResNet-20", note, heads, rows, claims)
+
+
+def _claims(
+    work: _Work,
+    ptq8: _Run,
+    longer: Sequence[float],
+    eight: Sequence[_Run],
+    ptq4: _Run,
+    four: Sequence[_Run],
+    free: _Run,
+    start: float,
+) -> Iterator[Claim]:
+    for name in TARGETS:
+        found = mean(run.top1[name] for run in eight)
+        text = f"{name}: W8A8 QAT no more than 0.2 points under float of as many epochs, means of {len(SEEDS)} seeds"
+        yield holds(text, f"{found:.4f}, float {mean(longer):.4f}", found >= mean(longer) - MOST_LOST_8)
+        found = mean(run.top1[name] for run in four)
+        yield holds(f"{name}: W4A4 QAT at least {LEAST_4:.3f}", f"{found:.4f}", found >= LEAST_4)
+        won = found - ptq4.top1[name]
+        yield holds(f"{name}: at least 6 points above W4A4 PTQ", f"{100 * won:+.2f} points", won >= LEAST_WON_4)
+        back, lost = free.top1[name] - ptq4.top1[name], start - ptq4.top1[name]
+        yield holds(
+            f"{name}: training without labels wins back half of what W4A4 PTQ lost",
+            f"{back / lost:.0%}",
+            back >= lost / 2,
+        )
+    convs, integer = work.convolutions(eight[0])
+    yield holds(
+        "ONNX Runtime: every Conv of the W8A8 QAT file is an integer kernel", f"{integer} of {convs}", integer == convs
+    )
+    ratio = work.speed(eight[0], ptq8)
+    yield holds("ONNX Runtime: as fast as the PTQ file", as_text(ratio), ratio.ci_high >= 1)
+
+
+def _seeded(schedule: Schedule, seed: int) -> Schedule:
+    return schedule.model_copy(update={"seed": seed})
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{mean(values):.4f} ± {stdev(values):.4f}"
+
+
+class _Work:
+    """Data, and the ways of making files."""
+
+    def __init__(self, zoo: Path, folder: Path) -> None:
+        self.zoo, self.folder = zoo, folder
+        images = open_data(zoo / resnet20.TRAIN, preprocess=resnet20.PREPROCESS).examples(CALIBRATION)
+        [array] = images.values() if isinstance(images, dict) else images
+        self.calibration: dict[str, Any] = {"x": array}
+        self.batches: list[Any] = []
+
+    def fit(self, module: nn.Module, schedule: Schedule, label: str) -> nn.Module:
+        """A float copy that was trained."""
+        click_say(label)
+        trained, _ = finetune(
+            copy.deepcopy(module),
+            Finetune(data=str(self.zoo / resnet20.TRAIN), schedule=schedule, augment=VARIED),
+            load_target("portable"),
+            Method(),
+            (self.calibration["x"],),
+            preprocess=resnet20.PREPROCESS,
+            metric=None,
+            folder=self.folder / label.replace(" ", "-"),
+            key=label,
+            on_progress=lambda step, done, total: None,
+        )
+        return trained
+
+    def ptq(self, label: str, module: nn.Module, method: Method) -> _Run:
+        """After training only."""
+        return self._made(label, module, method, None)
+
+    def qat(self, label: str, module: nn.Module, method: Method, schedule: Schedule, *, labels: bool = True) -> _Run:
+        """While training; without labels on the same images, whose labels the float network's answers stand in for."""
+        data: Any = str(self.zoo / resnet20.TRAIN) if labels else self._unlabelled()
+        plan = Finetune(qat=True, data=data, schedule=schedule, augment=VARIED)
+        return self._made(label, module, method, plan)
+
+    def _unlabelled(self) -> dict[str, Any]:
+        images = open_data(self.zoo / resnet20.TRAIN, preprocess=resnet20.PREPROCESS)
+        found = images.examples(10_000)
+        [array] = found.values() if isinstance(found, dict) else found
+        return {"x": array}
+
+    def _made(self, label: str, module: nn.Module, method: Method, plan: Finetune | None) -> _Run:
+        click_say(label)
+        out = self.folder / label.replace(" ", "-").replace(",", "") / "out"
+        record = edgekit.compress(
+            copy.deepcopy(module),
+            out,
+            calibration=self.zoo / resnet20.TRAIN,
+            samples=CALIBRATION,
+            preprocess=resnet20.PREPROCESS,
+            method=method,
+            finetune=plan,
+            proxy="none",
+        ).record
+        manifests = {one.manifest.target: one.manifest for one in edgekit.export(out, TARGETS)}
+        top1 = {}
+        for name, manifest in manifests.items():
+            if manifest.proof.ran_on:
+                with Worker(exported(out, manifest), load_target(name), exact=True) as worker:
+                    top1[name] = self._top1(worker.run)
+            else:
+                top1[name] = self._top1(Session(out / name / MODEL, optimize=False).run)
+        return _Run(label, top1, record.finetuned.seconds if record.finetuned else 0.0, out)
+
+    def score(self, module: nn.Module) -> float:
+        """Top-1 of a float module."""
+        import torch
+
+        def run(feeds: Mapping[str, Any]) -> dict[str, Any]:
+            with torch.no_grad():
+                return {"y": module.eval()(torch.from_numpy(next(iter(feeds.values())))).numpy()}
+
+        return self._top1(run)
+
+    def _top1(self, run: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> float:
+        if not self.batches:
+            from edgekit.data import InputSpec
+
+            spec = InputSpec("x", np.dtype(np.float32), (None, *self.calibration["x"].shape[1:]))
+            data = open_data(self.zoo / resnet20.TEST, preprocess=resnet20.PREPROCESS).bind([spec])
+            self.batches = list(data.batches(250))
+        right = [next(iter(run(batch.feeds).values())).argmax(1) == batch.labels for batch in self.batches]
+        return float(np.concatenate(right).mean())
+
+    def convolutions(self, run: _Run) -> tuple[int, int]:
+        """Of the file for ONNX Runtime: all convolutions, and those that its optimizer makes integer kernels of."""
+        import onnxruntime
+
+        path = run.folder / TARGETS[0] / MODEL
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(self.folder / "optimized.onnx")
+        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        nodes = [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
+        plain = sum(node.op_type == "Conv" for node in onnx.load(str(path)).graph.node)
+        return plain, sum("QLinearConv" in kind for kind in nodes)
+
+    def speed(self, ours: _Run, theirs: _Run) -> Any:
+        """How many times faster the first file is than the second, in ONNX Runtime, one image at a time."""
+        entries = []
+        for run in (ours, theirs):
+            [result] = edgekit.export(run.folder, TARGETS[0])
+            entries.append(
+                Entry("ONNX Runtime", run.label, exported(run.folder, result.manifest), threaded(TARGETS[0]))
+            )
+        name = input_specs(_loaded(ours.folder / MODEL))[0].name
+        feeds = {name: self.calibration["x"][:1]}
+        return latencies(entries, ours.label, feeds, EFFORT, click_say)[theirs.label].ours
+
+
+def _loaded(path: Path) -> Any:
+    from edgekit.graph.io import load_annotated
+
+    return load_annotated(path)
+
+
+def click_say(text: str) -> None:
+    """Where it is, on stderr."""
+    import click
+
+    click.echo(text, err=True)
