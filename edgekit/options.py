@@ -53,10 +53,13 @@ FINETUNE = {
     "scales": click.option("--scales", help="Of the quantizers: learned or tracked.  [default: learned]"),
     "freeze": click.option("--freeze", type=float, help="Share of the steps after which they stop.  [default: 0.8]"),
     "distill__kind": click.option(
-        "--distill", "distill__kind", metavar="KIND,...", help="response, feature, attention, rkd, similarity."
+        "--distill",
+        "distill__kind",
+        metavar="KIND,...",
+        help="What is learned: response, feature, attention, rkd, similarity.",
     ),
     "distill__scheme": click.option(
-        "--distill-scheme", "distill__scheme", help="offline, online or self.  [default: offline]"
+        "--distill-scheme", "distill__scheme", help="Offline, online or self.  [default: offline]"
     ),
     "distill__temperature": click.option(
         "--temperature", "distill__temperature", type=float, help="Of response.  [default: 4]"
@@ -71,10 +74,14 @@ FINETUNE = {
     "schedule__learning_rate": click.option(
         "--lr", "schedule__learning_rate", type=float, help="The highest.  [default: 1e-4]"
     ),
-    "schedule__optimizer": click.option("--optimizer", "schedule__optimizer", help="adamw or sgd.  [default: adamw]"),
-    "schedule__batch_size": click.option("--batch-size", "schedule__batch_size", type=int, help="[default: 64]"),
+    "schedule__optimizer": click.option(
+        "--optimizer", "schedule__optimizer", help="Either adamw or sgd.  [default: adamw]"
+    ),
+    "schedule__batch_size": click.option(
+        "--batch-size", "schedule__batch_size", type=int, help="Samples of one step.  [default: 64]"
+    ),
     "schedule__track": click.option(
-        "--track", "schedule__track", help="tensorboard, wandb or none.  [default: tensorboard]"
+        "--track", "schedule__track", help="Curves for tensorboard, wandb or none.  [default: tensorboard]"
     ),
     "augment__flip": click.option(
         "--flip", "augment__flip", is_flag=True, default=None, help="Mirror half of the images."

@@ -23,6 +23,8 @@ from edgekit.method import Method
 from edgekit.pipelines.recipe import few_bits, load_recipe, merged_finetune
 from edgekit.schedule import Schedule
 
+NOISE = 1.5
+"""Of the images: enough for some of them to be mistaken."""
 FACTORY = """
 import torch
 from torch import nn
@@ -63,7 +65,7 @@ def labelled(count: int, seed: int) -> dict[str, np.ndarray]:
     labels = rng.integers(0, 4, count)
     y, x = np.mgrid[:12, :12]
     kinds = np.stack([np.sin(x), np.sin(y), np.sin(x + y), np.sin(x) * np.sin(y)])
-    image = kinds[labels, None] + rng.normal(0, 0.7, (count, 1, 12, 12))
+    image = kinds[labels, None] + rng.normal(0, NOISE, (count, 1, 12, 12))
     return {"image": image.astype(np.float32), "labels": labels}
 
 
@@ -105,7 +107,7 @@ SHORT = Schedule(steps=40, batch_size=64, learning_rate=3e-3, track="none")
 def test_four_bits_are_trained_back(learned: nn.Module, files: Path, tmp_path: Path) -> None:
     """What rounding to two bits loses, training wins back; and what was trained is what is exported."""
     calibration = str(files / "calibration.npz")
-    method = Method(weights="int2", precision="int4")
+    method = Method(weights="int2", precision="int2")
     plain = edgekit.compress(
         learned,
         tmp_path / "ptq",
@@ -144,7 +146,7 @@ def test_without_labels_the_float_model_teaches(learned: nn.Module, files: Path,
         tmp_path / "out",
         calibration=str(files / "calibration.npz"),
         evaluate=str(files / "test.npz"),
-        method=Method(weights="int2", precision="int4"),
+        method=Method(weights="int2", precision="int2"),
         finetune=Finetune(qat=True, schedule=SHORT),
     ).record
     found = record.finetuned
@@ -175,7 +177,7 @@ def test_fine_tuning_alone_is_training_too(files: Path, tmp_path: Path) -> None:
         finetune=plan,
     ).record
     assert record.finetuned is not None and record.finetuned.before is not None and record.finetuned.after is not None
-    assert record.finetuned.before < 0.6 < 0.8 < record.finetuned.after
+    assert record.finetuned.before < 0.4 and record.finetuned.after > record.finetuned.before + 0.25
     assert record.float_metric is not None and abs(record.float_metric.value - record.finetuned.after) < 0.01
 
 

@@ -187,14 +187,14 @@ def compress(
 
 
 def _load(given: _Given, rules: Target, tuning: Tuning | None, on_progress: Progress, *, dequantize: bool) -> _Loaded:
-    calibration, how = given.calibration, {"factory": given.model, "trust": given.trust}
+    calibration, factory, trust = given.calibration, given.model, given.trust
     made_up = isinstance(calibration, str) and calibration == SYNTHETIC
     if made_up:
-        calibration = synthetic_samples(given.source, **how, input_shape=given.input_shape)
+        calibration = synthetic_samples(given.source, factory=factory, trust=trust, input_shape=given.input_shape)
     dataset = _open(calibration, given.preprocess, given.samples)
     on_progress("load the source", 0, None)
     tune = None if tuning is None else partial(tuning.train, dataset)
-    graph, origin = load_source(given.source, dataset, **how, opset=rules.graph.opset, tune=tune)
+    graph, origin = load_source(given.source, dataset, factory=factory, trust=trust, opset=rules.graph.opset, tune=tune)
     promised = contract(graph)
     data = dataset.bind(input_specs(graph))
     on_progress("bring it into canonical form", 0, None)

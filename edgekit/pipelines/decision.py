@@ -92,9 +92,8 @@ def open_decision(graph: ir.Model, samples: BoundData, kind: str = AUTO) -> Deci
     proxy = choose_proxy(floats, feeds, kind)
     count = sum(next((len(array) for array in batch.values() if array.ndim), 1) for batch in feeds)
     if proxy is not None:
-        return Decision(
-            proxy, open_proxy(proxy, feeds, floats), FLOOR, *(f"{100 * (1 - share):g}" for share in (FLOOR, AIM)), count
-        )
+        floor, aim = (f"{100 * (1 - share):g}" for share in (FLOOR, AIM))
+        return Decision(proxy, open_proxy(proxy, feeds, floats), FLOOR, floor, aim, count)
     if not any(array.dtype.kind == "f" for array in floats[0].values()):
         return None
     judge = judge_outputs(graph, feeds, cosine=False)

@@ -23,7 +23,6 @@ from edgekit.progress import Progress
 from edgekit.reference import resolve_reference
 from edgekit.target import Target
 from edgekit.training.batches import Share, TrainData, input_names
-from edgekit.training.capture import capture
 from edgekit.training.checkpoint import evaluating
 from edgekit.training.distill import task_loss
 from edgekit.training.forward import named_tensors
@@ -76,7 +75,7 @@ def finetune(
     if plan.qat:
         student: nn.Module = prepare_qat(module, calibration, rules, method=method, scales=plan.scales, taps=taps)
     else:
-        student = capture(module, _few(calibration), taps=taps)
+        student = copy.deepcopy(module)  # as it is: BatchNorm that is folded trains badly where little is learned yet
     start = measure(student) if measure else None
     data = open_train_data(
         calibration if plan.data is None else plan.data,
