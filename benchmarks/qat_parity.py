@@ -29,7 +29,7 @@ from edgekit.target import load_target
 from edgekit.training.checkpoint import load_checkpoint
 from edgekit.training.digits_net import digits_net
 from edgekit.training.fake_quant import FakeQuantize
-from edgekit.training.prepare_qat import prepare_qat
+from edgekit.training.qat import prepare_qat
 from edgekit.worker import Worker
 
 SAMPLES = 2000

@@ -17,7 +17,7 @@ from edgekit.measure import bootstrap_median
 from edgekit.reference import resolve_reference
 from edgekit.training.checkpoint import load_checkpoint
 from edgekit.training.fake_quant import quantizers
-from edgekit.training.prepare_qat import prepare_qat
+from edgekit.training.qat import prepare_qat
 
 BATCH, ROUNDS = 128, 12
 MOST = 1.3

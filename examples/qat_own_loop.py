@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import edgekit
-from edgekit.training.prepare_qat import prepare_qat
+from edgekit.training import prepare_qat
 
 BITS = edgekit.Method(weights="int4", precision="int4")
 

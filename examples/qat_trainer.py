@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 import edgekit
-from edgekit.training.prepare_qat import prepare_qat
+from edgekit.training import prepare_qat
 
 
 class Sequences(Dataset[dict[str, Tensor]]):

@@ -27,7 +27,7 @@ from edgekit.training.checkpoint import evaluating
 from edgekit.training.distill import task_loss
 from edgekit.training.forward import named_tensors
 from edgekit.training.loop import Trained, train
-from edgekit.training.prepare_qat import TRACED_WITH, prepare_qat
+from edgekit.training.qat import TRACED_WITH, prepare_qat
 from edgekit.training.taps import match_layers
 from edgekit.training.teacher import Distiller, open_distiller
 from edgekit.training.train_data import open_train_data

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import edgekit
+import edgekit.training
 from edgekit.graph.annotations import annotated_values, attach, get_params
 from edgekit.graph.io import load_onnx
 from edgekit.graph.run import Session
@@ -19,7 +20,7 @@ from edgekit.lowering.qdq import lower_qdq
 from edgekit.method import Method
 from edgekit.target import load_target
 from edgekit.training.fake_quant import FakeQuantize, quantizers
-from edgekit.training.prepare_qat import prepare_qat
+from edgekit.training.qat import prepare_qat
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -174,3 +175,37 @@ def test_the_same_module_gives_the_same_bytes(tmp_path: Path) -> None:
         graph, data = trained("residual", "portable")
         exported(graph, data[:16], "portable", tmp_path / folder)
     assert (tmp_path / "a" / "model.onnx").read_bytes() == (tmp_path / "b" / "model.onnx").read_bytes()
+
+
+class Twice(nn.Module):
+    """One layer in two places, and outputs in a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, image: Tensor) -> dict[str, Any]:
+        x = F.relu(self.conv(F.relu(self.conv(F.relu(self.stem(image))))))
+        return {"map": x, "pooled": (x.mean((2, 3)),)}
+
+
+def test_a_weight_that_is_used_twice_has_one_quantizer(tmp_path: Path) -> None:
+    data = normal(32, 3, 12, 12)
+    graph = edgekit.training.prepare_qat(Twice(), {"image": data})
+    assert len([name for name, _ in graph.quantizers.named_children() if name.startswith("conv__weight")]) == 1
+    x = torch.from_numpy(normal(5, 3, 12, 12, seed=2))
+    made = graph(image=x)
+    assert list(made) == ["map", "pooled"] and isinstance(made["pooled"], tuple)
+    made["map"].sum().backward()
+    assert graph.get_parameter("conv.weight").grad is not None
+    model = exported(graph.eval(), data, "portable", tmp_path / "out")
+    assert {value.name for value in model.graph.outputs} == {"map", "pooled.0"}
+
+
+def test_frozen_quantizers_do_not_learn() -> None:
+    graph = prepare_qat(shaken(Residual()), (normal(16, 3, 12, 12),)).train()
+    for quantizer in quantizers(graph):
+        quantizer.freeze()
+    graph(torch.from_numpy(normal(4, 3, 12, 12))).sum().backward()
+    assert all(quantizer.gain.grad is None for quantizer in quantizers(graph))
+    assert graph.get_parameter("left.weight").grad is not None
