@@ -116,6 +116,12 @@ def open_proxy(proxy: Proxy, feeds: Sequence[Arrays], floats: Sequence[Arrays]) 
     return evaluate
 
 
+def count_decisions(proxy: Proxy, floats: Sequence[Arrays]) -> int:
+    """How many decisions the float model makes: samples, or boxes."""
+    outputs = [[batch[name] for name in proxy.outputs] for batch in floats]
+    return sum(PROXIES[proxy.kind].agree(arrays, arrays).size for arrays in outputs)
+
+
 def _shapes(batch: Arrays) -> dict[str, tuple[int, ...]]:
     return {name: array.shape[1:] for name, array in batch.items()}
 

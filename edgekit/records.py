@@ -58,6 +58,7 @@ class ProxyRecord(Table):
         kind, outputs: the decision and the outputs that it reads; empty for the SQNR.
         floor: the least that is good enough.
         before, after: in simulation, before layers were left in float because of it, and at last.
+        decisions: how many judge: samples, or boxes; 0 for the SQNR.
     """
 
     name: str
@@ -66,6 +67,7 @@ class ProxyRecord(Table):
     floor: float
     before: float
     after: float
+    decisions: int = 0
 
 
 class LayerRecord(Table):

@@ -18,8 +18,9 @@ from edgekit.boxes import both_found, layout_of, read_boxes
 from edgekit.errors import DataError
 from edgekit.graph.io import save_onnx
 from edgekit.method import Method
-from edgekit.proxy import Proxy, choose_proxy, in_focus, open_proxy
-from edgekit.records import Compressed
+from edgekit.pipelines.decision import decision_notes
+from edgekit.proxy import Proxy, choose_proxy, count_decisions, in_focus, open_proxy
+from edgekit.records import Compressed, ProxyRecord
 from graphs import run
 from networks import Net
 
@@ -359,3 +360,14 @@ def test_a_metric_may_lose_two_points_unasked(bad: tuple[Path, Outputs], tmp_pat
     assert plain.lifted is None and plain.simulated_metric is not None and plain.simulated_metric.value < 0.9
     loose = compressed("loose", max_drop=99)
     assert loose.lifted is not None and loose.lifted.lifted == ()
+
+
+def test_few_boxes_are_told() -> None:
+    proxy = Proxy("boxes", ("detections",))
+    table = boxes()
+    found = sum(len(one.scores) for one in read_boxes([table["detections"]], layout_of([table["detections"]])))
+    assert count_decisions(proxy, [table, table]) == 2 * found > 0
+    record = ProxyRecord(name="F1 of boxes", kind="boxes", floor=0.98, before=1.0, after=1.0, decisions=29)
+    [note] = decision_notes(record)
+    assert "29 boxes only, so that each counts 3.4 points" in note
+    assert not list(decision_notes(record.model_copy(update={"decisions": 200})))

@@ -26,7 +26,7 @@ from edgekit.pipelines.sources import input_specs
 from edgekit.pipelines.split import feeds_of
 from edgekit.pipelines.stored import Stored
 from edgekit.progress import Progress
-from edgekit.proxy import AUTO, NONE, Proxy, choose_proxy, in_focus, open_proxy
+from edgekit.proxy import AUTO, NONE, Proxy, choose_proxy, count_decisions, in_focus, open_proxy
 from edgekit.records import Metric, ProxyRecord
 from edgekit.sensitivity import LARGEST_DB
 from edgekit.target import Target
@@ -44,6 +44,8 @@ BUDGET_S = 120.0
 """For looking for layers to leave in float that nobody asked for."""
 RANKED_BY = 8
 """The most samples that tell which layers hurt: nobody asked for the numbers, only their order counts."""
+FEW_BOXES = 100
+"""Of fewer, a share of 0.98 is a guess."""
 SQNR = "SQNR of the outputs (dB)"
 
 
@@ -58,6 +60,7 @@ class Decision:
         floor_text: the floor as `--max-drop` would say it, in points that are lost.
         aim: what layers are lifted for, the same way; at least the floor.
         samples: how many decide.
+        decisions: how many these make; several of each where they are boxes.
         float_metric: of the float model, where a metric decides.
     """
 
@@ -68,6 +71,7 @@ class Decision:
     aim: str
     samples: int
     float_metric: Metric | None = None
+    decisions: int = 0
 
     def focus(self, outputs: Arrays) -> Arrays:
         """What of the outputs the decision hangs on."""
@@ -93,7 +97,8 @@ def open_decision(graph: ir.Model, samples: BoundData, kind: str = AUTO) -> Deci
     count = sum(next((len(array) for array in batch.values() if array.ndim), 1) for batch in feeds)
     if proxy is not None:
         floor, aim = (f"{100 * (1 - share):g}" for share in (FLOOR, AIM))
-        return Decision(proxy, open_proxy(proxy, feeds, floats), FLOOR, floor, aim, count)
+        evaluate, decisions = open_proxy(proxy, feeds, floats), count_decisions(proxy, floats)
+        return Decision(proxy, evaluate, FLOOR, floor, aim, count, decisions=decisions)
     if not any(array.dtype.kind == "f" for array in floats[0].values()):
         return None
     judge = judge_outputs(graph, feeds, cosine=False)
@@ -209,11 +214,17 @@ def _record(decision: Decision, before: float, after: float) -> ProxyRecord:
         floor=decision.floor,
         before=before,
         after=after,
+        decisions=decision.decisions,
     )
 
 
 def decision_notes(record: ProxyRecord | None) -> Iterator[str]:
     """What to tell of it: nothing where all is well."""
+    if record is not None and record.kind == "boxes" and record.decisions < FEW_BOXES:
+        yield (
+            f"{record.name} is judged by {record.decisions} boxes only, so that each counts {100 / max(record.decisions, 1):.1f} points: "
+            "more samples of --calibration, a quarter of which is held back, make it surer"
+        )
     if record is not None and record.after < record.floor:
         yield (
             f"{record.name} with float is {record.after:.4g}, under {record.floor:g}: check the accuracy before you ship it "
