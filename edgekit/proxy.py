@@ -119,7 +119,8 @@ def open_proxy(proxy: Proxy, feeds: Sequence[Arrays], floats: Sequence[Arrays]) 
 def count_decisions(proxy: Proxy, floats: Sequence[Arrays]) -> int:
     """How many decisions the float model makes: samples, or boxes."""
     outputs = [[batch[name] for name in proxy.outputs] for batch in floats]
-    return sum(PROXIES[proxy.kind].agree(arrays, arrays).size for arrays in outputs)
+    found = sum(PROXIES[proxy.kind].agree(arrays, arrays).size for arrays in outputs)
+    return found // 2 if proxy.kind == "boxes" else found  # of boxes, those of both models are judged
 
 
 def _shapes(batch: Arrays) -> dict[str, tuple[int, ...]]:
