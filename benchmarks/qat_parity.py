@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from qat_part import Part, holds
-from qat_resnet20 import VARIED, _Work, click_say
+from qat_resnet20 import INPUT, _Work, click_say
 from resnet20 import CHECKPOINT, FACTORY
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -109,11 +109,11 @@ def parity_section(zoo: Path, folder: Path) -> Part:
 
 def _nets(zoo: Path, folder: Path) -> Iterator[_Net]:
     work = _Work(zoo, folder)
-    work._top1(lambda feeds: {"y": np.zeros((len(feeds["x"]), 10))})  # reads the images
+    work._top1(lambda feeds: {"y": np.zeros((len(feeds[INPUT]), 10))})  # reads the images
     factory = resolve_reference(str(FACTORY), error=RuntimeError, what="factory")
-    assert callable(factory) and VARIED
-    images = np.concatenate([batch.feeds["x"] for batch in work.batches])[:SAMPLES]
-    yield _Net("ResNet-20", load_checkpoint(zoo / CHECKPOINT, factory=factory), work.calibration["x"][:256], images)
+    assert callable(factory)
+    images = np.concatenate([batch.feeds[INPUT] for batch in work.batches])[:SAMPLES]
+    yield _Net("ResNet-20", load_checkpoint(zoo / CHECKPOINT, factory=factory), work.calibration[INPUT][:256], images)
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
     digits = rng.normal(0.3, 0.4, (SAMPLES + 256, 1, 8, 8)).clip(0, 1).astype(np.float32)

@@ -35,6 +35,7 @@ from edgekit.training.finetune import finetune
 from edgekit.worker import Worker
 
 EPOCHS = 3
+INPUT = "image"
 SEEDS = (0, 1, 2)
 TARGETS = ("x86-onnxruntime", "x86-openvino", "cuda-tensorrt")
 CALIBRATION = 512
@@ -131,7 +132,7 @@ class _Work:
         self.zoo, self.folder = zoo, folder
         images = open_data(zoo / resnet20.TRAIN, preprocess=resnet20.PREPROCESS).examples(CALIBRATION)
         [array] = images.values() if isinstance(images, dict) else images
-        self.calibration: dict[str, Any] = {"x": array}
+        self.calibration: dict[str, Any] = {INPUT: array}
         self.batches: list[Any] = []
 
     def fit(self, module: nn.Module, schedule: Schedule, label: str) -> nn.Module:
@@ -142,7 +143,7 @@ class _Work:
             Finetune(data=str(self.zoo / resnet20.TRAIN), schedule=schedule, augment=VARIED),
             load_target("portable"),
             Method(),
-            (self.calibration["x"],),
+            (self.calibration[INPUT],),
             preprocess=resnet20.PREPROCESS,
             metric=None,
             folder=self.folder / label.replace(" ", "-"),
@@ -165,7 +166,7 @@ class _Work:
         images = open_data(self.zoo / resnet20.TRAIN, preprocess=resnet20.PREPROCESS)
         found = images.examples(10_000)
         [array] = found.values() if isinstance(found, dict) else found
-        return {"x": array}
+        return {INPUT: array}
 
     def _made(self, label: str, module: nn.Module, method: Method, plan: Finetune | None) -> _Run:
         click_say(label)
@@ -204,7 +205,7 @@ class _Work:
         if not self.batches:
             from edgekit.data import InputSpec
 
-            spec = InputSpec("x", np.dtype(np.float32), (None, *self.calibration["x"].shape[1:]))
+            spec = InputSpec(INPUT, np.dtype(np.float32), (None, *self.calibration[INPUT].shape[1:]))
             data = open_data(self.zoo / resnet20.TEST, preprocess=resnet20.PREPROCESS).bind([spec])
             self.batches = list(data.batches(250))
         right = [next(iter(run(batch.feeds).values())).argmax(1) == batch.labels for batch in self.batches]
@@ -231,7 +232,7 @@ class _Work:
                 Entry("ONNX Runtime", run.label, exported(run.folder, result.manifest), threaded(TARGETS[0]))
             )
         name = input_specs(_loaded(ours.folder / MODEL))[0].name
-        feeds = {name: self.calibration["x"][:1]}
+        feeds = {name: self.calibration[INPUT][:1]}
         return latencies(entries, ours.label, feeds, EFFORT, click_say)[theirs.label].ours
 
 
