@@ -76,11 +76,12 @@ def resnet20_section(zoo: Path, folder: Path) -> Part:
     ptq4 = work.ptq("W4A4 PTQ", start, FOUR)
     free = work.qat("W4A4 QAT, no labels", start, FOUR, _seeded(QAT4, 0), labels=False)
     runs += [*eight, apart, ptq4, *four, free]
+    minutes = (time.monotonic() - begin) / 60
     note = (
         f"The checkpoint scores {work.score(came):.4f} on the 2,000 JPEG test images, {work.score(start):.4f} after {EPOCHS} epochs of "
         f"fine-tuning on the 10,000 training images: there all rows begin. {EPOCHS} epochs more in float: {_spread(longer)} over "
-        f"{len(SEEDS)} seeds. Each row is what the exported file scores on its runtime (TensorRT's: its simulation, of a graph that its builder takes). In all "
-        f"{(time.monotonic() - begin) / 60:.0f} minutes."
+        f"{len(SEEDS)} seeds. Each row is what the exported file scores on its runtime; TensorRT's is its simulation, of a graph that its "
+        f"builder takes. In all {minutes:.0f} minutes."
     )
     columns = (*TARGETS, SYMMETRIC)
     heads = ["file", *columns, "seconds of training"]
