@@ -17,6 +17,7 @@ from edgekit.quant.spec import INTEGER_RANGES, QuantParams
 OPERATOR = "edgekit::FakeQuant"
 """What a quantizer is in an exported graph: `(x, scale, zero_point)` with the attributes axis, qmin and qmax."""
 LEAST_SCALE = 1e-12
+"""That a grid may begin with."""
 LEAST_GAIN = 2.0**-10
 """Training may not take a scale to 0 or below."""
 DEVIATIONS = 3.0
