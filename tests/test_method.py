@@ -86,7 +86,7 @@ def test_a_calibrator_like_no_other_gets_the_list() -> None:
         {"block_size": 48},
         {"rounding": "up"},
         {"rounding_budget": 0},
-        {"precision": "int4"},
+        {"precision": "int5"},
         {"colour": "red"},
         {"layers": [{"precision": "float"}]},
         {"layers": [{"match": "*", "colour": "red"}]},

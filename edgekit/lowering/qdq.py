@@ -28,6 +28,8 @@ _OLDEST = 13
 _BIAS = 2
 """The input of Conv, ConvTranspose and Gemm that is the bias."""
 NARROW = ("int4", "int2")
+LEAST_BITS = 8
+"""Of the codes that runtimes have for activations."""
 _LARGEST_BIAS = 2**30
 """In codes; what int32 holds beyond it is left to the sum of products."""
 _OF_ZEROS = 2.0**-10
@@ -97,7 +99,7 @@ def _regrid(model: ir.Model, target: Target) -> None:
 
 def _activation_grid(params: QuantParams, spec: QuantSpec, wide: str) -> QuantParams | None:
     """The grid of an activation for a target; None where it has 16 bits and the target leaves what reads it in float."""
-    if BITS[params.dtype] < BITS[spec.dtype] and params.axis is None:
+    if BITS[params.dtype] < LEAST_BITS and params.axis is None:
         return widened(params, spec)
     if params.fixed or params.dtype not in WIDE.values() or spec.dtype in WIDE.values():
         return regrid(params, spec)
