@@ -173,7 +173,7 @@ def compress(
     graph, lifted, decided = settle(graph, rules, decision, lifted, calibrating, budget, out, on_progress)
     record = Compressed(
         **_about(graph, rules, loaded, method),
-        **_measured(decision, decided),
+        **_measured(decision, decided, tuning),
         evaluate=_reference(evaluate),
         preprocess=preprocess,
         sensitivity=found,
@@ -326,11 +326,16 @@ def _remarks(graph: ir.Model, rules: Target, loaded: _Loaded, method: Method) ->
     return remarks(graph, rules, loaded.origin.name, loaded.calibrating.done, wanted=wanted)
 
 
-def _measured(decision: Decision | None, decided: ProxyRecord | None) -> dict[str, Any]:
-    """The metric, in float and with all numbers on their grids, or what stood in for it."""
+def _measured(decision: Decision | None, decided: ProxyRecord | None, tuning: Tuning | None) -> dict[str, Any]:
+    """The metric, in float and with all numbers on their grids, or what stood in for it.
+
+    What was trained with its rounding is held against the model as it came: without the rounding its weights are nobody's model.
+    """
     if decision is None or decided is None or decision.float_metric is None:
         return {"proxy": decided}
     before = decision.float_metric
+    if tuning is not None and tuning.plan.qat and tuning.found is not None and tuning.found.before is not None:
+        before = Metric(name=before.name, value=tuning.found.before)
     return {"float_metric": before, "simulated_metric": Metric(name=before.name, value=decided.after)}
 
 
