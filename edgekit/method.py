@@ -13,7 +13,9 @@ from edgekit.quant.spec import QuantSpec
 from edgekit.toml_file import Table
 
 Precision = Literal["int2", "int4", "int8", "int16", "float"]
-WeightType = Literal["int8", "int4", "uint4", "int2", "uint2"]
+WeightType = Literal["int8", "int4", "uint4", "int2", "uint2", "binary"]
+BINARY = "binary"
+"""A sign for each weight and one scale for each output channel: for training only, exported in the codes of int2."""
 Rounding = Literal["auto", "nearest", "gptq", "adaround"]
 BlockSize = Literal[0, 16, 32, 64, 128, 256]
 
@@ -95,6 +97,11 @@ class Method(Table):
         return {self.calibrator, *(layer.calibrator for layer in self.layers if layer.calibrator is not None)}
 
     @property
+    def has_binary(self) -> bool:
+        """Whether the weights of some layers are to be binary."""
+        return BINARY in (self.weights, *(layer.weights for layer in self.layers))
+
+    @property
     def summary(self) -> str:
         """The main choices in a few words."""
         if self.dequantize:
@@ -108,6 +115,8 @@ class Method(Table):
         """The grid of a weight: the target's, with this type and block size."""
         if self.weights == wanted.dtype and not self.block_size:
             return wanted
+        if self.weights == BINARY:
+            return QuantSpec("int2", symmetric=True, per_channel=True, narrow_range=True)
         signed = self.weights.startswith("int")
         narrow = wanted.narrow_range and self.weights == "int8"
         return QuantSpec(

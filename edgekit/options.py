@@ -15,7 +15,9 @@ METHOD = {
     "precision": click.option(
         "--precision", help="Of static activations: int2, int4, int8, int16 or float.  [default: int8]"
     ),
-    "weights": click.option("--weights", help="Type of weights: int8, int4, uint4, int2 or uint2.  [default: int8]"),
+    "weights": click.option(
+        "--weights", help="Type of weights: int8, int4, uint4, int2, uint2, or binary with --qat.  [default: int8]"
+    ),
     "block_size": click.option(
         "--block-size", type=int, help="Weights that share a scale; 0: a channel's.  [default: 0]"
     ),

@@ -10,6 +10,7 @@ from typing import TypeVar
 from pydantic import Field, ValidationError
 
 from edgekit.data.images import Preprocess
+from edgekit.departure import Departure
 from edgekit.distribution import LayerDistributions
 from edgekit.errors import OutputError
 from edgekit.finetune import Finetuned
@@ -164,7 +165,10 @@ class FileRecord(Table):
 
 
 class Manifest(Table):
-    """`manifest.json` of one export; `inputs` and `outputs` are the source's, and `opset` is that of the lowered graph."""
+    """`manifest.json` of one export; `inputs` and `outputs` are the source's, and `opset` is that of the lowered graph.
+
+    `departures` are of a model with trained grids: the runtime's codes, with all its optimizations, against what was trained.
+    """
 
     edgekit: str
     versions: dict[str, str]
@@ -189,6 +193,7 @@ class Manifest(Table):
     proxy: Metric | None = None
     notes: tuple[str, ...] = ()
     placement: TunedPlacement | None = None
+    departures: tuple[Departure, ...] = ()
 
     @property
     def artifact_bytes(self) -> int:

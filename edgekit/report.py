@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from edgekit.departure import Departure, share
 from edgekit.output import write_text
 from edgekit.pictures import links
 from edgekit.records import (
@@ -223,7 +224,22 @@ def _export(manifest: Manifest) -> list[str]:
     if proof.int8_macs_share is not None:
         lines.append(f"- {100 * proof.int8_macs_share:.1f} % of the MACs in int8 kernels, as {proof.int8_source}")
     lines += [f"- **note:** {note}" for note in manifest.notes]
+    lines += _departures(manifest.departures) if manifest.departures else []
     return lines + (_placement(manifest.placement) if manifest.placement else [])
+
+
+def _departures(departures: Sequence[Departure]) -> list[str]:
+    """Where the runtime's codes part from what was trained."""
+    rows = [
+        (f"`{one.layer or one.tensor}`", f"`{one.tensor}`", f"{one.codes:,}", f"{one.differ:.3%}", str(one.worst))
+        for one in departures[:_MOST_LAYERS]
+    ]
+    total, worst = sum(one.codes for one in departures), max(one.worst for one in departures)
+    told = (
+        f"Codes, with the runtime's own optimizations, against those that were trained: {share(departures):.3%} of {total:,} differ, "
+        f"by at most {worst}. What a layer gets differs already where a layer before it does."
+    )
+    return ["", told, "", *_table(("layer", "tensor", "codes", "differ", "by at most"), rows)]
 
 
 def _distance(output: OutputProof) -> str:

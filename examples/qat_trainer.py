@@ -72,7 +72,7 @@ def main() -> None:
             right = prepared.eval()(test.tokens).argmax(1) == test.labels
         print(f"trained with 8 bits: {float(right.float().mean()):.4f}")
         out = Path(folder) / "out"
-        edgekit.compress(prepared, out, calibration={"tokens": np.asarray(calibration)}, proxy="none")
+        edgekit.compress(prepared, out, calibration={"tokens": np.asarray(calibration)})
         for result in edgekit.export(out, ["x86-onnxruntime", "x86-openvino"]):
             print(f"{result.manifest.target}: agrees with the simulation: {result.manifest.proof.agrees}")
 

@@ -17,7 +17,7 @@ LEVELS = (
     "errors",
     "progress reference output toml_file boxes",
     "quant",
-    "method schedule target distribution distillation",
+    "method schedule target distribution departure distillation",
     "finetune",
     "data graph trials",
     "passes calibration lowering",

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from edgekit.graph.run import Session
 from edgekit.quant.affine import choose_params
 from edgekit.quant.spec import INTEGER_RANGES, QuantParams, QuantSpec
-from edgekit.training.fake_quant import FakeQuantize, quantizers, without_quantizers
+from edgekit.training.fake_quant import Binarize, FakeQuantize, quantizers, without_quantizers
 
 TYPES = ("uint8", "int8", "uint4", "int4")
 
@@ -192,3 +192,24 @@ def test_a_state_is_restored_and_quantizers_can_be_switched_off() -> None:
     with without_quantizers(first):
         assert (first(x) == x).all()
     assert not (first(x) == x).all() and len(quantizers(first)) == 1
+
+
+def test_binary_weights_are_signs_times_the_mean_magnitude() -> None:
+    params = QuantParams("int2", np.ones(2, np.float32), np.zeros(2, np.int64), axis=0, narrow_range=True)
+    binarize = Binarize(params).train()
+    weight = torch.tensor([[0.5, -1.5, 0.0], [2.0, 1.0, -0.6]], requires_grad=True)
+    made = binarize(weight)
+    scales = [2 / 3, 1.2]  # the rows' means of magnitudes
+    assert torch.equal(made, torch.tensor([[1, -1, 1], [1, 1, -1]]) * torch.tensor(scales)[:, None])
+    gradient = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    made.backward(gradient)
+    # Through the sign where a weight is within 1, times the scale; and through the scale, a third of each sign for every element.
+    through = [[1 * scales[0], 0, 3 * scales[0]], [0, 5 * scales[1], 6 * scales[1]]]
+    by_scale = [(1 - 2 + 3) / 3, (4 + 5 - 6) / 3]
+    signs = [[1, -1, 0], [1, 1, -1]]  # at 0 a magnitude has no slope
+    expected = [
+        [t + b * s for t, s in zip(*row, strict=True)]
+        for row, b in zip(zip(through, signs, strict=True), by_scale, strict=True)
+    ]
+    assert weight.grad is not None
+    assert torch.allclose(weight.grad, torch.tensor(expected), atol=1e-6)

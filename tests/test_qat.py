@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import edgekit
 import edgekit.training
+from edgekit.errors import TargetError
 from edgekit.graph.annotations import annotated_values, attach, get_params
 from edgekit.graph.io import load_onnx
 from edgekit.graph.run import Session
@@ -92,7 +93,7 @@ def trained(name: str, target: str, **options: Any) -> tuple[nn.Module, np.ndarr
 
 def exported(graph: nn.Module, data: np.ndarray, target: str, folder: Path, **options: Any) -> Any:
     """The annotated model that `compress` makes of it, nothing chosen by itself that training has chosen."""
-    edgekit.compress(graph, folder, calibration=data, target=target, proxy="none", **options)
+    edgekit.compress(graph, folder, calibration=data, target=target, **options)
     return attach(load_onnx(folder / "model.onnx"))
 
 
@@ -209,3 +210,38 @@ def test_frozen_quantizers_do_not_learn() -> None:
     graph(torch.from_numpy(normal(4, 3, 12, 12))).sum().backward()
     assert all(quantizer.gain.grad is None for quantizer in quantizers(graph))
     assert graph.get_parameter("left.weight").grad is not None
+
+
+@pytest.mark.parametrize("target", ["portable", "x86-onnxruntime"])
+@pytest.mark.parametrize("name", list(NETS))
+def test_binary_weights_come_out_as_two_codes(name: str, target: str, tmp_path: Path) -> None:
+    graph, data = trained(name, target, method=Method(weights="binary"))
+    before = {key: value.clone() for key, value in graph.state_dict().items()}
+    model = exported(graph, data[:32], target, tmp_path / "out")
+    assert all(torch.equal(value, before[key]) for key, value in graph.state_dict().items())
+    weights = [
+        params
+        for value in annotated_values(model.graph)
+        if (params := get_params(value)) is not None and value.const_value is not None
+    ]
+    assert len(weights) >= 4
+    assert {(params.dtype, params.qmin, params.qmax) for params in weights} == {("int2", -1, 1)}
+    lowered = lower_qdq(model, load_target(target))
+    codes = [
+        value.const_value.numpy()
+        for key, value in lowered.graph.initializers.items()
+        if "weight" in key and key.endswith("_quantized")
+    ]
+    assert len(codes) >= 4
+    assert all(set(np.unique(array.astype(int))) == {-1, 1} for array in codes)
+    x = normal(50, *data.shape[1:], seed=5)
+    [theirs] = Session(lowered, optimize=False).run({lowered.graph.inputs[0].name: x}).values()
+    ours = graph(torch.from_numpy(x)).detach().numpy()
+    assert np.abs(ours - theirs).mean() < 0.02 * np.abs(ours).mean()
+
+
+def test_binary_weights_need_training(tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match="binary weights are for training: add --qat"):
+        edgekit.compress(
+            shaken(Residual()), tmp_path, calibration=normal(8, 3, 12, 12), method=Method(weights="binary")
+        )

@@ -17,7 +17,7 @@ from edgekit.data import BoundData, Dataset, Preprocess, open_data
 from edgekit.distribution import LayerDistributions
 from edgekit.errors import DataError, TargetError
 from edgekit.finetune import Finetune
-from edgekit.graph.annotations import set_sample_shape, without_params
+from edgekit.graph.annotations import annotated_values, get_params, set_sample_shape, without_params
 from edgekit.graph.contract import check_contract, contract
 from edgekit.graph.io import save_annotated
 from edgekit.graph.operators import Layer, layers
@@ -164,6 +164,7 @@ def compress(
     tuning = Tuning(finetune, rules, method, samples, evaluate, preprocess, out, on_progress) if finetune else None
     loaded = _load(given, rules, tuning, on_progress, dequantize=method.dequantize)
     graph, calibrating = loaded.graph, loaded.calibrating
+    proxy = NONE if proxy == AUTO and _is_trained(loaded) else proxy
     metric = None if evaluate is None else open_metric(evaluate, loaded.data.inputs, preprocess=preprocess)
     decision = _decision(graph, loaded, metric, proxy, asked=goal is not None, dequantize=method.dequantize)
     method, searched = find_method(graph, rules, method, plan, calibrating, metric, on_progress)
@@ -210,6 +211,12 @@ def _load(given: _Given, rules: Target, tuning: Tuning | None, on_progress: Prog
     return _Loaded(graph, origin, data, calibrating, verifying, held, remarks)
 
 
+def _is_trained(loaded: _Loaded) -> bool:
+    """Whether the model came from torch with quantizers in it: its training is what judges it then."""
+    grids = (get_params(value) for value in annotated_values(loaded.graph.graph))
+    return loaded.origin.kind != "onnx" and any(params is not None and params.fixed for params in grids)
+
+
 def _rules(target: str) -> Target:
     rules = load_target(target)
     check_operators(rules)
@@ -224,6 +231,8 @@ def _judge(proxy: str, evaluate: object, method: Method, finetune: Finetune | No
             "--dequantize gives the float model and quantizes nothing: drop what says how to quantize, or how good that must be; "
             "the float model can be compressed like any other"
         )
+    if method.has_binary and not trained:
+        raise TargetError("binary weights are for training: add --qat, or take int8, int4 or int2 weights")
     if evaluate is not None and proxy not in (AUTO, NONE):
         raise DataError(
             f"--proxy {proxy} and --evaluate are both given; the metric decides where there is one: drop one of them"

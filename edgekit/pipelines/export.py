@@ -13,6 +13,7 @@ from typing import Any
 
 import edgekit
 from edgekit.backend import Artifact, get_backend
+from edgekit.departure import Departure
 from edgekit.errors import BackendError, EdgekitError, GoalError, OutputError, TargetError
 from edgekit.graph.contract import contract
 from edgekit.graph.io import load_onnx
@@ -24,6 +25,7 @@ from edgekit.metric import Evaluate, Runner, open_metric
 from edgekit.output import sha256, staged_folder, write_text
 from edgekit.pipelines.build import Candidate, Job, find_guilty, try_build
 from edgekit.pipelines.decision import Decision, open_decision, settle_target
+from edgekit.pipelines.departures import departures
 from edgekit.pipelines.floor import lift_notes
 from edgekit.pipelines.placement import fastest, placement_notes
 from edgekit.pipelines.remarks import listed
@@ -236,8 +238,13 @@ def _export_one(
         kept = (*kept, guilty)
     if candidate is None:
         raise BackendError(problem)
-    notes = (*lift_notes(lifted, proxied.name if proxied else ""), *_size_notes(stored, resized, candidate.artifact))
-    return _describe(job, stored.record, candidate, kept, placement, metric, decision, notes)
+    parted, parted_note = departures(job, slow | frozenset(kept))
+    notes = (
+        *lift_notes(lifted, proxied.name if proxied else ""),
+        *_size_notes(stored, resized, candidate.artifact),
+        *([parted_note] if parted_note else []),
+    )
+    return _describe(job, stored.record, candidate, kept, placement, metric, decision, parted, notes)
 
 
 def _batches(stored: Stored) -> list[Arrays]:
@@ -254,6 +261,7 @@ def _describe(
     placement: TunedPlacement | None,
     metric: Evaluate | None,
     decision: Decision | None,
+    parted: tuple[Departure, ...],
     notes: Sequence[str],
 ) -> Manifest:
     """Measure the metric and write the manifest."""
@@ -286,6 +294,7 @@ def _describe(
         metric_source=source,
         proxy=judged,
         placement=placement,
+        departures=parted,
         notes=(*_notes(job, candidate, kept), *notes, *placement_notes(placement), *_lost(judged, decision)),
     )
     write_text(job.folder / MANIFEST, json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n")

@@ -77,10 +77,12 @@ def load_source(
     # Torch takes seconds to import, and an ONNX file does not need it.
     from edgekit.training.check_export import check_export
     from edgekit.training.export_onnx import export_onnx
+    from edgekit.training.fake_quant import binarized
 
     module, origin = _load_module(source, path, factory, trust)
     if tune is not None:
         module = tune(module, origin)
+    module = binarized(module)
     inputs = inputs_of(example_arrays(dataset, EXAMPLES), module)
     model = export_onnx(module, inputs, opset=opset)
     check_export(module, model, inputs)

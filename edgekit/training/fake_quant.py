@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from edgekit.quant.affine import middle_code
 from edgekit.quant.spec import INTEGER_RANGES, QuantParams
@@ -153,6 +155,46 @@ class FakeQuantize(nn.Module):
         scale = ((self.high - self.low) / (self.qmax - self.qmin)).clamp_min(LEAST_SCALE)
         self.base.copy_(scale)
         self.zero_point.copy_((self.qmin - torch.round(self.low / scale)).clamp(self.qmin, self.qmax))
+
+
+class Binarize(FakeQuantize):
+    """A weight becomes its signs times one scale for each output channel, the mean of its magnitudes; 0 counts as positive.
+
+    The scale is a function of the weight, so that nothing of the grid is learned. Exported (`binarized`), a weight is on the codes -1
+    and 1 of int2, the smallest type that runtimes have.
+
+    Reference: Rastegari, Ordonez, Redmon, Farhadi (2016), "XNOR-Net", arXiv:1603.05279: the scale, equation 6; the gradient passes where
+        a weight is within 1, section 3.1.
+    """
+
+    def __init__(self, params: QuantParams) -> None:
+        super().__init__(params, tracked=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The two points of each channel's grid."""
+        if not self.enabled:
+            return x
+        if torch.compiler.is_exporting():
+            return self._symbol(x)
+        others = [axis for axis in range(x.dim()) if axis != self.axis]
+        scale = x.float().abs().mean(others, keepdim=True)
+        points = torch.where(x < 0, -scale, scale)
+        self.base.copy_(scale.detach().flatten().clamp_min(LEAST_SCALE))
+        passed = torch.nn.functional.hardtanh(x.float()) * scale.detach() + torch.sign(points.detach()) * scale
+        return (points.detach() + (passed - passed.detach())).to(x.dtype)
+
+
+def binarized(module: nn.Module) -> nn.Module:
+    """A module whose binary weights are the two numbers that they stand for, as an exported graph has them; itself without any."""
+    if not isinstance(module, fx.GraphModule) or not any(isinstance(child, Binarize) for child in module.modules()):
+        return module
+    copied = copy.deepcopy(module)
+    for node in copied.graph.nodes:
+        if node.op == "call_module" and isinstance(binarize := copied.get_submodule(str(node.target)), Binarize):
+            weight = operator.attrgetter(str(node.args[0].target))(copied)
+            with torch.no_grad():
+                weight.copy_(binarize(weight))
+    return copied
 
 
 class RoundBias(nn.Module):

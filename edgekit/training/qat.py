@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,13 +22,13 @@ from edgekit.data import Batch
 from edgekit.graph.annotations import get_params
 from edgekit.graph.rules import check_operators, shares_grid
 from edgekit.lowering.placement import Placement, place
-from edgekit.method import EVERYTHING, Method
+from edgekit.method import BINARY, EVERYTHING, Method
 from edgekit.passes.assign_specs import assign_precisions, assign_specs
 from edgekit.passes.unify_params import unify_params
 from edgekit.quant.spec import QuantParams, same_grid
 from edgekit.target import PORTABLE, Target, load_target
 from edgekit.training.capture import CONVOLUTIONS, LINEAR, Captured, capture
-from edgekit.training.fake_quant import FakeQuantize, RoundBias
+from edgekit.training.fake_quant import Binarize, FakeQuantize, RoundBias
 from edgekit.training.forward import Array
 from edgekit.training.marks import Exported, export_marked
 
@@ -78,7 +79,9 @@ def prepare_qat(
     names = [value.name or "" for value in exported.model.graph.inputs]
     batches = list(calibration or [_batch(example_inputs, names)])
     annotated = _annotated(exported.model, rules, method, batches)
-    _insert(graph, Exported(annotated, exported.made), place(annotated, rules), rules, tracked=scales == "tracked")
+    binary = {node.name or "" for node in annotated.graph if method.for_layer(node.name or "").weights == BINARY}
+    placement = place(annotated, rules)
+    _insert(graph, Exported(annotated, exported.made), placement, rules, tracked=scales == "tracked", binary=binary)
     return graph
 
 
@@ -89,13 +92,21 @@ def _annotated(model: ir.Model, rules: Target, method: Method, batches: list[Bat
     return unify_params(calibrate(model, rules, batches, method=method, rows=rows), rules)
 
 
-def _insert(graph: fx.GraphModule, exported: Exported, placement: Placement, rules: Target, *, tracked: bool) -> None:
+def _insert(
+    graph: fx.GraphModule,
+    exported: Exported,
+    placement: Placement,
+    rules: Target,
+    *,
+    tracked: bool,
+    binary: AbstractSet[str],
+) -> None:
     inserting = _Inserting(graph, {node.name: node for node in graph.graph.nodes}, tracked)
     for node, parts in placement.quantized.items():
         weight = node.inputs[parts.weight] if parts.weight is not None else None
         params, owner = get_params(weight), exported.owner(node)
         if params is not None and owner is not None:
-            inserting.weight(owner, params)
+            inserting.weight(owner, params, binary=node.name in binary)
     rounded: set[ir.Value] = set()  # to its grid, in the captured graph
     for value in (*exported.model.graph.inputs, *(output for node in exported.model.graph for output in node.outputs)):
         params = get_params(value)
@@ -158,7 +169,7 @@ class _Inserting:
     tracked: bool
     modules: dict[object, str] = field(default_factory=dict)
 
-    def weight(self, owner: str, params: QuantParams) -> None:
+    def weight(self, owner: str, params: QuantParams, *, binary: bool) -> None:
         """Round the weight of a layer."""
         layer = self.nodes[owner]
         index = 2 if "addmm" in str(layer.target) else 1
@@ -167,7 +178,7 @@ class _Inserting:
             return
         axis = None if params.axis is None else _weight_axis(layer, weight)
         tensor = operator.attrgetter(str(weight.target))(self.graph) if weight.op == "get_attr" else weight
-        name = self._module(tensor, str(weight.target).replace(".", "__"), _on_axis(params, axis))
+        name = self._module(tensor, str(weight.target).replace(".", "__"), _on_axis(params, axis), binary=binary)
         with self.graph.graph.inserting_before(layer):
             rounded = self._call(name, weight)
         layer.update_arg(index, rounded)
@@ -219,10 +230,11 @@ class _Inserting:
         with self.graph.graph.inserting_before(layer):
             layer.update_arg(2, self._call(name, bias))
 
-    def _module(self, key: object, name: str, params: QuantParams) -> str:
+    def _module(self, key: object, name: str, params: QuantParams, *, binary: bool = False) -> str:
         if key not in self.modules:
             path = f"{QUANTIZERS}.{name}"
-            self.graph.add_submodule(path, FakeQuantize(params, tracked=self.tracked))
+            made = Binarize(params) if binary else FakeQuantize(params, tracked=self.tracked)
+            self.graph.add_submodule(path, made)
             self.modules[key] = path
         return self.modules[key]
 
