@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["LayerMethod", "Method", "benchmark", "compress", "export"]
+__all__ = ["LayerMethod", "Method", "benchmark", "compress", "export", "load"]
 
 if TYPE_CHECKING:
     from edgekit.method import LayerMethod, Method
     from edgekit.pipelines.benchmark import benchmark
     from edgekit.pipelines.compress import compress
     from edgekit.pipelines.export import export
+    from edgekit.pipelines.load import load
 
 
 def __getattr__(name: str) -> object:

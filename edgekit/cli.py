@@ -18,7 +18,7 @@ import click
 
 from edgekit import __version__
 from edgekit.errors import EdgekitError
-from edgekit.options import FINETUNE, METHOD, finetune_options, method_options
+from edgekit.options import FINETUNE, METHOD, PRUNE, finetune_options, method_options, prune_options
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -107,6 +107,7 @@ _folder = click.argument("folder", metavar="OUT", type=click.Path(path_type=Path
 )
 @click.option("--explain", is_flag=True, default=None, help="Measure what each layer alone costs; with pictures.")
 @method_options
+@prune_options
 @finetune_options
 @click.option("--recipe", type=click.Path(path_type=Path), help="A TOML file with these options and [data.preprocess].")
 @click.option("--trust-checkpoint", is_flag=True, default=None, help="Open checkpoints that run pickled code.")
@@ -125,7 +126,7 @@ def compress(
     """Quantize SOURCE (.pt, .pth, .th, .safetensors, .pt2 or .onnx) for every target, after training or (--qat) while training."""
     from edgekit.console import progress_bars
     from edgekit.pipelines.compress import compress as run
-    from edgekit.pipelines.recipe import Recipe, few_bits, load_recipe, merged_finetune, merged_method
+    from edgekit.pipelines.recipe import Recipe, few_bits, load_recipe, merged_finetune, merged_method, merged_prune
     from edgekit.target import PORTABLE
 
     if portable and target:
@@ -136,6 +137,7 @@ def compress(
     given |= few_bits(given.pop("bits", None), given)
     method = merged_method(file.method, {name: given.pop(name) for name in METHOD & given.keys()}, layers, keep_float)
     finetune = merged_finetune(file.finetune, {name: given.pop(name) for name in FINETUNE & given.keys()})
+    prune = merged_prune(file.prune, {name: given.pop(name) for name in PRUNE & given.keys()})
     options |= given
     options |= {"target": PORTABLE} if portable else {"target": target} if target else {}
     if "calibration" not in options:
@@ -146,6 +148,7 @@ def compress(
             out,
             method=method,
             finetune=finetune,
+            prune=prune,
             preprocess=file.data.preprocess,
             on_progress=on_progress,
             **options,
@@ -322,8 +325,9 @@ def _print_compressed(result: CompressResult) -> None:
 
     record = result.record
     click.echo(f"{result.model}: {record.source.name} for {record.target!r}, {record.how}")
-    if record.finetuned:
-        click.echo(f"  {record.finetuned.told}")
+    for done in (record.pruned, record.finetuned):
+        if done:
+            click.echo(f"  {done.told}")
     if record.float_metric and record.simulated_metric:
         name, before, after = record.float_metric.name, record.float_metric.value, record.simulated_metric.value
         click.echo(f"  {name}: {before:.4f} in float, {after:.4f} in simulated int8")

@@ -92,6 +92,34 @@ FINETUNE = {
 }
 """The options of `edgekit.finetune.Finetune`, by its field names; those of its tables behind two underscores."""
 
+PRUNE = {
+    "ratio": click.option("--prune", "ratio", type=float, help="Share of the channels that go, such as 0.5."),
+    "macs": click.option("--macs", type=float, help="Prune: share of the multiply-accumulates that stay."),
+    "speedup": click.option("--speedup", metavar="TIMES@TARGET", help="Prune: until it is so much faster, in float."),
+    "latency": click.option("--latency", metavar="TIME@TARGET", help="Prune: until it takes so long, in float."),
+    "sparsity": click.option("--sparsity", metavar="SHARE|2:4", help="Prune: single weights become zero."),
+    "criterion": click.option(
+        "--criterion", help="What goes first: l1, l2, bn, taylor, hessian, random, fpgm.  [default: l1]"
+    ),
+    "scope": click.option("--scope", help="Compare channels of all layers (global), or of each.  [default: global]"),
+    "round_to": click.option("--round-to", help="Channels are multiples of it, or auto.  [default: auto]"),
+    "schedule": click.option(
+        "--schedule", help="one-shot, iterative:N, during-training or from-scratch.  [default: one-shot]"
+    ),
+    "recover": click.option(
+        "--recover/--no-recover", default=None, help="Train what pruning left, as below.  [default: on]"
+    ),
+    "ignore": click.option("--ignore", metavar="LAYER,...", help="Layers that keep their channels; patterns."),
+}
+"""The options of `edgekit.pruning.Prune`, by its field names."""
+
+
+def prune_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options of `PRUNE`."""
+    for option in reversed(PRUNE.values()):
+        command = option(command)
+    return command
+
 
 def finetune_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the options of `FINETUNE`, and `--bits`."""

@@ -16,6 +16,7 @@ from edgekit.errors import OutputError
 from edgekit.finetune import Finetuned
 from edgekit.method import Method
 from edgekit.output import sha256
+from edgekit.pruning import Pruned
 from edgekit.target import Target
 from edgekit.toml_file import Table
 from edgekit.trials import Lifted, Searched
@@ -25,6 +26,8 @@ HELD_BACK = "held_back.npz"
 COMPRESSED = "compress.json"
 MANIFEST = "manifest.json"
 BENCHMARKS = "benchmark.json"
+PRUNED = "pruned"
+"""The folder of the pruned module, in float."""
 
 
 class Source(Table):
@@ -105,6 +108,7 @@ class Compressed(Table):
     lifted: Lifted | None = None
     searched: Searched | None = None
     finetuned: Finetuned | None = None
+    pruned: Pruned | None = None
 
     @property
     def how(self) -> str:

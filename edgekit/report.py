@@ -10,6 +10,7 @@ from pathlib import Path
 from edgekit.departure import Departure, share
 from edgekit.output import write_text
 from edgekit.pictures import links
+from edgekit.pruning import Pruned
 from edgekit.records import (
     BENCHMARKS,
     Benchmark,
@@ -176,6 +177,8 @@ def _markdown(
             *_latency(benchmarks),
             "",
         ]
+    if compressed.pruned and compressed.pruned.layers:
+        parts += ["## Pruned", "", *_pruned(compressed.pruned), ""]
     if compressed.searched:
         parts += ["## Methods tried", "", *_searched(compressed.searched), ""]
     if compressed.sensitivity:
@@ -193,6 +196,8 @@ def _compression(compressed: Compressed) -> list[str]:
     ]
     if compressed.finetuned:
         lines.append(f"- trained: {compressed.finetuned.told}")
+    if compressed.pruned:
+        lines.append(f"- pruned: {compressed.pruned.told}")
     if compressed.proxy:
         lines.append(
             f"- {compressed.proxy.name} with float: {compressed.proxy.after:.4g} in simulated int8, {compressed.proxy.floor:g} wanted"
@@ -298,6 +303,19 @@ def _latency(benchmarks: Benchmarks) -> list[str]:
             lines.append(f"\n{record.target}: not timed: {record.why_not}.")
         lines += [f"\n{record.target}: {note}" for note in record.notes]
     return lines
+
+
+def _pruned(pruned: Pruned) -> list[str]:
+    rows = [
+        (f"`{layer.name}`", _arrow(*pairs[0]), _arrow(*pairs[1]), _arrow(*layer.macs))
+        for layer in pruned.layers[:_MOST_LAYERS]
+        for pairs in [tuple(zip(layer.before, layer.after, strict=True))]
+    ]
+    return _table(("layer", "inputs", "outputs", "MACs"), rows)
+
+
+def _arrow(before: int, after: int) -> str:
+    return f"{before:,} to {after:,}" if before != after else f"{before:,}"
 
 
 def _searched(searched: Searched) -> list[str]:

@@ -135,6 +135,17 @@ class Weights(Table):
     recurrent: Literal["codes", "dynamic", "float"] = "float"
 
 
+class Pruning(Table):
+    """What structured pruning should leave.
+
+    Attributes:
+        channels: numbers that layers should have multiples of, as the runtime's kernels work in such steps. A layer takes the largest
+            of them that it has several of.
+    """
+
+    channels: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (8,)
+
+
 class Runtime(Table):
     """How the runtime is set up; `options` go to it as they are."""
 
@@ -154,6 +165,7 @@ class Target(Table):
     graph: Graph = Graph()
     quantization: Quantization = Quantization()
     weights: Weights = Weights()
+    pruning: Pruning = Pruning()
     runtime: Runtime = Runtime()
 
     def rule_for(self, op_type: str) -> Rule:

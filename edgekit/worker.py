@@ -85,17 +85,14 @@ class Worker:
             env=os.environ | dict.fromkeys(THREAD_VARIABLES, str(target.runtime.threads)),
         )
         self.pid = self._process.pid
-        request = {
-            "do": "load",
-            "path": str(artifact.path),
-            "files": [str(file) for file in artifact.files],
-            "precision": artifact.precision,
+        self._setting = {
             "target": target.model_dump_json(),
             "exact": exact,
             "sys_path": [str(entry) for entry in sys.path],
         }
+        self.load_ms = 0.0
         try:
-            self.load_ms = float(self._ask(request)[0]["load_ms"])
+            self.load(artifact)
         except BaseException:
             self.close()
             raise
@@ -107,6 +104,12 @@ class Worker:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def load(self, artifact: Artifact) -> None:
+        """Load another artifact in the place of the one before. Raises as `run` does."""
+        files = [str(file) for file in artifact.files]
+        what = {"path": str(artifact.path), "files": files, "precision": artifact.precision}
+        self.load_ms = float(self._ask({"do": "load", **what, **self._setting})[0]["load_ms"])
 
     def run(self, feeds: Feeds) -> Outputs:
         """Run one inference: arrays by input name in, arrays by output name out.

@@ -45,6 +45,7 @@ from edgekit.pipelines.sources import (
 from edgekit.pipelines.split import Arrays, calibrating_samples, first_batch, held_back, save_arrays
 from edgekit.progress import Progress, silent
 from edgekit.proxy import AUTO, NONE
+from edgekit.pruning import Prune
 from edgekit.records import (
     COMPRESSED,
     HELD_BACK,
@@ -118,6 +119,7 @@ def compress(
     explain: bool = False,
     proxy: str = AUTO,
     finetune: Finetune | None = None,
+    prune: Prune | None = None,
     preprocess: Preprocess | None = None,
     trust_checkpoint: bool = False,
     input_shape: str | None = None,
@@ -145,6 +147,7 @@ def compress(
             first that suits the outputs, or "none". Layers that lose it are left in float.
         finetune: train a torch model first, with quantizers or without. What is trained with quantizers is judged by its training: no
             layer is left in float unless `proxy` or `max_drop` say so.
+        prune: cut channels or weights first, and train what is left; see `edgekit.pruning.Prune`.
         preprocess: for images.
         trust_checkpoint: open checkpoints that run pickled code.
         input_shape: of one sample, such as "3x224x224", for synthetic data of a torch model.
@@ -161,7 +164,9 @@ def compress(
     budget = plan.budget_s if plan else time_budget
     goal = make_goal(str(max_drop), budget, out, has_metric=evaluate is not None) if max_drop is not None else None
     given = _Given(source, calibration, model, samples, preprocess, trust_checkpoint, input_shape)
-    tuning = Tuning(finetune, rules, method, samples, evaluate, preprocess, out, on_progress) if finetune else None
+    tuning = None
+    if finetune or prune:
+        tuning = Tuning(finetune, prune, rules, method, samples, evaluate, preprocess, out, on_progress)
     loaded = _load(given, rules, tuning, on_progress, dequantize=method.dequantize)
     graph, calibrating = loaded.graph, loaded.calibrating
     proxy = NONE if proxy == AUTO and _is_trained(loaded) else proxy
@@ -182,9 +187,10 @@ def compress(
         lifted=lifted,
         searched=searched,
         finetuned=tuning.found if tuning else None,
+        pruned=tuning.pruned if tuning else None,
     )
     notes = tuple(_notes(record, graph, rules, loaded, asked=goal is not None, explain=explain))
-    return _write(out, graph, loaded.verifying, record.model_copy(update={"notes": notes}))
+    return _write(out, graph, loaded.verifying, record.model_copy(update={"notes": notes}), tuning)
 
 
 def _load(given: _Given, rules: Target, tuning: Tuning | None, on_progress: Progress, *, dequantize: bool) -> _Loaded:
@@ -268,12 +274,14 @@ def _open(calibration: Calibration, preprocess: Preprocess | None, samples: int)
     return dataset
 
 
-def _write(out: Path, graph: ir.Model, verifying: Arrays, record: Compressed) -> CompressResult:
+def _write(out: Path, graph: ir.Model, verifying: Arrays, record: Compressed, tuning: Tuning | None) -> CompressResult:
     with replaced_files(out, COMPRESSED) as stage:
         save_annotated(graph, stage / MODEL)
         save_arrays(stage / HELD_BACK, verifying)
         record = record.model_copy(update={"model_sha256": sha256(stage / MODEL)})
         write_text(stage / COMPRESSED, json.dumps(record.model_dump(mode="json"), indent=2) + "\n")
+    if tuning:
+        tuning.store()
     forget(out, record.searched)
     draw(out, record)
     write_report(out)
@@ -318,6 +326,7 @@ def _notes(
         changed_answer(record.lifted, record.float_metric),
         loaded.remarks,
         record.finetuned.remarks if record.finetuned else (),
+        record.pruned.remarks if record.pruned else (),
         _no_pictures() if explain else (),
     )
 
@@ -343,8 +352,9 @@ def _measured(decision: Decision | None, decided: ProxyRecord | None, tuning: Tu
     if decision is None or decided is None or decision.float_metric is None:
         return {"proxy": decided}
     before = decision.float_metric
-    if tuning is not None and tuning.plan.qat and tuning.found is not None and tuning.found.before is not None:
-        before = Metric(name=before.name, value=tuning.found.before)
+    found = tuning.found if tuning is not None and tuning.plan is not None and tuning.plan.qat else None
+    if found is not None and found.before is not None:
+        before = Metric(name=before.name, value=found.before)
     return {"float_metric": before, "simulated_metric": Metric(name=before.name, value=decided.after)}
 
 

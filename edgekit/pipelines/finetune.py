@@ -1,34 +1,43 @@
-"""`--qat`, `--train-data`, `--distill`: train the source before it becomes a graph."""
+"""`--prune`, `--qat`, `--train-data`, `--distill`: cut and train the source before it becomes a graph."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from edgekit.data import Dataset, Preprocess, example_arrays
+from edgekit.errors import SourceError
 from edgekit.finetune import Finetune, Finetuned
 from edgekit.method import Method
 from edgekit.metric import open_metric
+from edgekit.pipelines.pruning import PruneJob, prune_module, recovering
 from edgekit.pipelines.sources import inputs_of
 from edgekit.progress import Progress
-from edgekit.records import Source
+from edgekit.pruning import Prune, Pruned
+from edgekit.records import PRUNED, Source
 from edgekit.target import Target
 
 
 @dataclass(slots=True)
 class Tuning:
-    """Training as a step of `compress`.
+    """Pruning and training as steps of `compress`.
 
     Attributes:
+        plan, prune: what to do; one of them at least.
         rules, method: what quantizers are trained for, and how they start.
         samples: of the calibration data, that they start from.
         evaluate: the metric, as `compress` takes it.
-        out: the output folder; checkpoints and curves go into a hidden one beside it.
-        found: what the training came to, once it is over.
+        out: the output folder; checkpoints and curves go into hidden ones beside it.
+        found, pruned: what training and pruning came to, once they are over.
+        kept: the folder that holds the pruned module, in float, until it is stored.
     """
 
-    plan: Finetune
+    plan: Finetune | None
+    prune: Prune | None
     rules: Target
     method: Method
     samples: int
@@ -37,29 +46,94 @@ class Tuning:
     out: Path
     on_progress: Progress
     found: Finetuned | None = None
+    pruned: Pruned | None = None
+    kept: Path | None = None
 
     def train(self, calibration: Dataset, module: Any, origin: Source) -> Any:
-        """The trained module.
+        """The module, cut and trained as asked.
 
         Raises:
-            EdgekitError: see `edgekit.training.finetune.finetune`.
+            EdgekitError: see `edgekit.training.finetune.finetune` and `edgekit.training.prune.flow.prune`.
         """
-        # Torch takes seconds to import, and nothing else here needs it.
-        from edgekit.training.finetune import finetune, module_inputs
-
         arrays = inputs_of(example_arrays(calibration, self.samples), module)
-        specs = module_inputs(module, arrays)
-        metric = None if self.evaluate is None else open_metric(self.evaluate, specs, preprocess=self.preprocess)
-        trained, self.found = finetune(
+        tune = partial(self._tune, arrays, origin)
+        masks = None
+        if self.prune is not None:
+            recovery = recovering(self.plan, self.prune, module)
+            job = PruneJob(
+                self.prune,
+                recovery,
+                self.rules,
+                arrays,
+                tune,
+                partial(self._batches, recovery, arrays),
+                self._measure(module, arrays),
+                self.on_progress,
+            )
+            module, masks, self.pruned = prune_module(job, module)
+            self._keep(module, arrays)
+        if self.plan is not None and (self.prune is None or self.plan.qat):
+            module, self.found = tune(module, self.plan, "", masks, False)
+        return module
+
+    def _tune(
+        self, arrays: Any, origin: Source, module: Any, plan: Finetune, label: str, masks: Any, gradually: bool
+    ) -> tuple[Any, Finetuned]:
+        # Torch takes seconds to import, and nothing else here needs it.
+        from edgekit.training.finetune import finetune
+
+        folder = f".{self.out.name}.training" + (f"-{label.replace(' ', '-')}" if label else "")
+        return finetune(
             module,
-            self.plan,
+            plan,
             self.rules,
             self.method,
             arrays,
             preprocess=self.preprocess,
-            metric=metric and (lambda run: metric(run).value),
-            folder=self.out.parent / f".{self.out.name}.training",
-            key=origin.sha256 or origin.name,
+            metric=self._metric(module, arrays),
+            folder=self.out.parent / folder,
+            key=" ".join(filter(None, (origin.sha256 or origin.name, self.prune.summary if self.prune else "", label))),
             on_progress=self.on_progress,
+            masks=masks,
+            gradually=gradually,
         )
-        return trained
+
+    def _metric(self, module: Any, arrays: Any) -> Callable[[Any], float] | None:
+        from edgekit.training.finetune import module_inputs
+
+        if self.evaluate is None:
+            return None
+        metric = open_metric(self.evaluate, module_inputs(module, arrays), preprocess=self.preprocess)
+        return lambda run: metric(run).value
+
+    def _measure(self, module: Any, arrays: Any) -> Callable[[Any], float] | None:
+        from edgekit.training.finetune import runner
+
+        metric = self._metric(module, arrays)
+        return None if metric is None else (lambda one: metric(runner(one)))
+
+    def _batches(self, recovery: Finetune, arrays: Any, module: Any, count: int) -> Sequence[Any]:
+        """The first batches of the training data."""
+        from edgekit.training.finetune import first_batches, open_data_for
+
+        data = open_data_for(recovery, module, arrays, self.preprocess, self.on_progress)
+        return first_batches(data, recovery, count)
+
+    def _keep(self, module: Any, arrays: Any) -> None:
+        """Write the pruned module down, beside the output folder until that is written."""
+        from edgekit.training.stored import save_module
+
+        assert self.pruned is not None, "it was pruned"
+        folder = self.out.parent / f".{self.out.name}.{PRUNED}"
+        try:
+            save_module(module, folder, arrays, structure=self.pruned.model_dump(mode="json"))
+            self.kept = folder
+        except SourceError as error:
+            remarks = (*self.pruned.remarks, f"the pruned module is not kept beside the model: {error}")
+            self.pruned = self.pruned.model_copy(update={"remarks": remarks})
+
+    def store(self) -> None:
+        """Move the pruned module into the output folder, for `edgekit.load`."""
+        shutil.rmtree(self.out / PRUNED, ignore_errors=True)
+        if self.kept is not None:
+            self.kept.rename(self.out / PRUNED)

@@ -10,6 +10,7 @@ from edgekit.data.images import Preprocess
 from edgekit.errors import TargetError
 from edgekit.finetune import Finetune
 from edgekit.method import EVERYTHING, LayerMethod, Method
+from edgekit.pruning import GOALS, Prune
 from edgekit.toml_file import Table, read_toml, validate
 
 
@@ -44,6 +45,7 @@ class Recipe(Table):
     method: Method = EVERYTHING
     data: DataTable = DataTable()
     finetune: Finetune | None = None
+    prune: Prune | None = None
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -94,6 +96,20 @@ def merged_finetune(base: Finetune | None, given: Mapping[str, Any]) -> Finetune
             own.pop("steps", None)
         own[field] = value
     return validate(fields, Finetune, path=Path("command line"))
+
+
+def merged_prune(base: Prune | None, given: Mapping[str, Any]) -> Prune | None:
+    """A recipe's pruning with what the command line says, whose goal replaces the recipe's; None where neither asks for any.
+
+    Raises:
+        TargetError: an unknown value, or no goal or two.
+    """
+    if base is None and not given:
+        return None
+    fields: dict[str, Any] = {} if base is None else base.model_dump(exclude_unset=True)
+    if any(goal in given for goal in GOALS):
+        fields = {name: value for name, value in fields.items() if name not in GOALS}
+    return validate({**fields, **given}, Prune, path=Path("command line"))
 
 
 def few_bits(bits: str | None, given: Mapping[str, Any]) -> dict[str, str]:

@@ -111,6 +111,7 @@ def _round_rows(
             i = row - start
             target = wanted[i] + inside[i, i + 1 :] @ error[row + 1 : stop]
             levels[row] = np.clip(np.rint(target / scale[row]), low[row], high[row])
+            levels[row][weight[row] == 0.0] = 0.0  # pruned, and to stay so
             error[row] = weight[row] - levels[row] * scale[row]
     return (levels.astype(np.int64) + zero_point).astype(CODE_DTYPES[params.dtype])
 

@@ -98,7 +98,8 @@ def adaround(
     layer = _layer(weight, inputs, outputs, params, bias, activation, start)
     levels = layer.base + _descend(layer, iterations, learning_rate, seed, deadline)
     zero_point = broadcast_grid(params, weight.shape)[1]
-    codes = (levels.to(torch.int64).numpy().reshape(weight.shape) + zero_point).astype(first.dtype)
+    codes = levels.to(torch.int64).numpy().reshape(weight.shape) + zero_point
+    codes = np.where(weight == 0.0, zero_point, codes).astype(first.dtype)  # what was pruned stays so
     better = _error(layer, dequantize(codes, params)) < _error(layer, dequantize(first, params))
     return np.where(better.reshape(*weight.shape[:-2], 1, -1), codes, first)
 

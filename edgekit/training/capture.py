@@ -26,6 +26,7 @@ from edgekit.training.state_dict import remove_parametrizations
 ATEN = torch.ops.aten
 CONVOLUTIONS: dict[Any, bool] = {
     ATEN.conv1d.default: False, ATEN.conv2d.default: False, ATEN.conv3d.default: False,
+    ATEN.conv1d.padding: False, ATEN.conv2d.padding: False, ATEN.conv3d.padding: False,
     ATEN.conv_transpose1d.default: True, ATEN.conv_transpose2d.input: True, ATEN.conv_transpose3d.input: True,
 }  # fmt: skip
 """Whether each is transposed. Weight and bias are arguments 1 and 2, as of a linear layer."""
@@ -47,6 +48,9 @@ class Captured(fx.GraphModule):
         with quiet():  # torch warns of its own classes
             copied = super().__deepcopy__(memo)
         assert isinstance(copied, Captured)
+        for hook in self._forward_pre_hooks.values():  # torch forgets them
+            if isinstance(hook, Rebind) and not copied._forward_pre_hooks:
+                copied.register_forward_pre_hook(copy.deepcopy(hook, memo), with_kwargs=True)
         return copied
 
 
@@ -91,18 +95,18 @@ def _captured(module: nn.Module, call: Call, taps: Sequence[str]) -> Captured:
     graph = Captured(traced, traced.graph)
     _drop_guards(graph)
     _without_in_place(graph)
-    _revive_dropout(graph)
+    revive_dropout(graph)
     _fold_batchnorms(graph)
-    _revive_batchnorms(graph)
+    revive_batchnorms(graph)
     _add_taps(graph, taps)
     _clean(graph)
-    graph.register_forward_pre_hook(_Rebind(module, call), with_kwargs=True)
+    graph.register_forward_pre_hook(Rebind(module, call), with_kwargs=True)
     for parameter in graph.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return graph.eval()
 
 
-class _Rebind:
+class Rebind:
     """Calls in any of the ways that forward takes them, arranged as the graph was captured."""
 
     def __init__(self, module: nn.Module, call: Call) -> None:
@@ -114,6 +118,7 @@ class _Rebind:
     def __call__(
         self, graph: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call, as the hook of a module hands them on."""
         bound = self.signature.bind(*args, **kwargs).arguments
         flat: list[tuple[str, Any]] = []
         for name, value in bound.items():
@@ -178,7 +183,7 @@ def _is_view(node: fx.Node) -> bool:
     return aliased and any(len(source.users) > 1 for source in node.all_input_nodes)
 
 
-def _revive_dropout(graph: fx.GraphModule) -> None:
+def revive_dropout(graph: fx.GraphModule) -> None:
     """Dropout that was captured as switched off obeys `train()` again."""
     for node in list(graph.graph.nodes):
         kind = _DROPOUTS.get(node.target)
@@ -244,7 +249,7 @@ def _fold(graph: fx.GraphModule, node: fx.Node) -> None:
     graph.graph.erase_node(node)
 
 
-def _revive_batchnorms(graph: fx.GraphModule) -> None:
+def revive_batchnorms(graph: fx.GraphModule) -> None:
     """A BatchNorm that stays obeys `train()` again; its parameters keep their names."""
     for node in list(graph.graph.nodes):
         if node.target is ATEN.batch_norm.default:

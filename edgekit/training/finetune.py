@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from edgekit.training.checkpoint import evaluating
 from edgekit.training.distill import task_loss
 from edgekit.training.forward import named_tensors
 from edgekit.training.loop import Trained, train
+from edgekit.training.prune.sparsity import Masks
 from edgekit.training.qat import TRACED_WITH, prepare_qat
 from edgekit.training.taps import match_layers
 from edgekit.training.teacher import Distiller, open_distiller
@@ -49,6 +51,8 @@ def finetune(
     folder: Path,
     key: str,
     on_progress: Progress,
+    masks: Masks | None = None,
+    gradually: bool = False,
 ) -> tuple[nn.Module, Finetuned]:
     """A trained copy of `module`, ready to be exported, and what its training came to.
 
@@ -62,12 +66,14 @@ def finetune(
         metric: gives a number for a runner of arrays by name, higher is better; None without `--evaluate`.
         folder: for checkpoints and curves.
         key: stands for where the module came from: another one does not go on from its checkpoints.
+        masks: of weights that stay zero.
+        gradually: these become zero over the first half of the steps.
 
     Raises:
         EdgekitError: see `prepare_qat`, `open_train_data`, `open_distiller` and `train`.
     """
     on_progress("prepare training", 0, None)
-    measure = None if metric is None else (lambda one: metric(_runner(one)))
+    measure = None if metric is None else (lambda one: metric(runner(one)))
     before = measure(module) if measure else None
     teacher = _teacher(plan, module)
     pairs = _pairs(plan, module, teacher, calibration)
@@ -77,30 +83,30 @@ def finetune(
     else:
         student = copy.deepcopy(module)  # as it is: BatchNorm that is folded trains badly where little is learned yet
     start = measure(student) if measure else None
-    data = open_train_data(
-        calibration if plan.data is None else plan.data,
-        module_inputs(module, calibration),
-        preprocess=preprocess if plan.data is not None else None,
-        augment=plan.augment,
-        on_progress=on_progress,
-    )
-    batch = _first_batch(data, plan)
+    data = open_data_for(plan, module, calibration, preprocess, on_progress)
+    [batch] = first_batches(data, plan, 1)
     labelled = LABELS in batch
     distiller = _distiller(plan, pairs, student, teacher, batch, labelled=labelled)
-    trained = train(
-        student,
-        data,
-        distiller.loss if distiller else task_loss,
-        schedule=plan.schedule,
-        folder=folder,
-        teacher=distiller.teacher if distiller else None,
-        taps=distiller.taps if distiller else None,
-        extra=distiller.trainable if distiller else (),
-        evaluate=measure,
-        on_step=(freezing(student, plan.freeze),),
-        on_progress=on_progress,
-        key=key,
-    )
+    on_step: tuple[Callable[[int, int], None], ...] = (freezing(student, plan.freeze),)
+    if masks is not None and gradually:
+        on_step = (*on_step, masks.gradually(student))
+    with masks.holding(student) if masks is not None else nullcontext():
+        trained = train(
+            student,
+            data,
+            distiller.loss if distiller else task_loss,
+            schedule=plan.schedule,
+            folder=folder,
+            teacher=distiller.teacher if distiller else None,
+            taps=distiller.taps if distiller else None,
+            extra=(*(distiller.trainable if distiller else ()), *([masks] if masks is not None else [])),
+            evaluate=measure,
+            on_step=on_step,
+            on_progress=on_progress,
+            key=key,
+        )
+    if masks is not None:
+        masks.enforce(student)
     learned = ", ".join(distiller.loss.learns) if distiller else "labels"
     after = measure(student) if measure else None
     return student, _record(plan, data, trained, learned, (before, start, after))
@@ -168,10 +174,32 @@ def _distiller(
     return open_distiller(wanted, student, teacher, inputs, has_labels=labelled)
 
 
-def _first_batch(data: TrainData, plan: Finetune) -> Mapping[str, Tensor]:
+def open_data_for(
+    plan: Finetune,
+    module: nn.Module,
+    calibration: tuple[NDArray[Any], ...] | dict[str, NDArray[Any]],
+    preprocess: Any,
+    on_progress: Progress,
+) -> TrainData:
+    """The data that a plan trains on: its own, or what calibrates. Raises as `open_train_data` does."""
+    return open_train_data(
+        calibration if plan.data is None else plan.data,
+        module_inputs(module, calibration),
+        preprocess=preprocess if plan.data is not None else None,
+        augment=plan.augment,
+        on_progress=on_progress,
+    )
+
+
+def first_batches(data: TrainData, plan: Finetune, count: int) -> Sequence[Mapping[str, Tensor]]:
+    """The first batches, as many as there are of `count`.
+
+    Raises:
+        DataError: there is none.
+    """
     size = plan.schedule.batch_size if data.size is None else min(plan.schedule.batch_size, data.size)
-    found = next(islice(data.epoch(0, 0, Share(max(1, size), plan.schedule.seed)), 1), None)
-    if found is None:
+    found = list(islice(data.epoch(0, 0, Share(max(1, size), plan.schedule.seed)), count))
+    if not found:
         raise DataError(f"{data.name}: holds no batch to train on")
     return found
 
@@ -198,7 +226,7 @@ def _few(arrays: tuple[NDArray[Any], ...] | dict[str, NDArray[Any]]) -> Any:
     return tuple(array[:TRACED_WITH] for array in arrays)
 
 
-def _runner(module: nn.Module) -> Runner:
+def runner(module: nn.Module) -> Runner:
     """Runs a module on arrays, as a metric runs an artifact."""
 
     def run(feeds: Arrays) -> Arrays:

@@ -1,0 +1,172 @@
+"""`--speedup`, `--latency`: channels are cut until a runtime here was measured to be so fast."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from edgekit.allocation import meet_goal
+from edgekit.backend import Artifact, Backend, get_backend
+from edgekit.channel_choice import Chosen, fitting_multiples
+from edgekit.channels import Choice, Group, LayerCost
+from edgekit.errors import BackendError
+from edgekit.frontier import Frontier, widths_to_measure
+from edgekit.graph.io import save_onnx
+from edgekit.latency_table import time_layers
+from edgekit.layer_shape import layer_shapes
+from edgekit.measure import Candidate, Comparison, measure
+from edgekit.pipelines.sources import EXAMPLES, canonicalize, rewrite
+from edgekit.pipelines.targets import missing
+from edgekit.progress import Progress
+from edgekit.pruning import Prune
+from edgekit.records import MODEL
+from edgekit.target import Target, load_target
+
+BEFORE, AFTER = "unpruned", "pruned"
+FLOAT = "f32"
+BURSTS, BURST_SECONDS = 9, 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """What was measured of a pruned model: how many times faster it is, with its 95 % interval, and its time (ms)."""
+
+    speedup: float
+    low: float
+    high: float
+    ms: float
+
+
+class Timing:
+    """Chooses channels by measured time, float against float, one sample at a time.
+
+    Attributes:
+        rules: the target that the goal names.
+        found: of what was measured last.
+    """
+
+    def __init__(self, plan: Prune, cache: Path | None, on_progress: Progress) -> None:
+        """Raises BackendError where the target's runtime is not here, TargetError where there is no such target."""
+        assert plan.timed is not None, "the goal is a time"
+        self.kind, self.value, name = plan.timed
+        self.plan, self.cache, self.on_progress = plan, cache, on_progress
+        self.rules: Target = load_target(name)
+        self.backend: Backend = get_backend(self.rules.backend)
+        available = self.backend.available(self.rules)
+        if not available.can_run:
+            raise BackendError(f"--{self.kind} is to be measured on {name!r}: {missing(available)}")
+        self.found: Timed | None = None
+        self._before: float | None = None
+
+    def choose(self, groups: Sequence[Group], costs: Sequence[LayerCost], share: float, model: Any) -> Chosen:
+        """What to keep of a model so that it is as fast as asked, or a `share` of the way there.
+
+        Args:
+            groups, costs: what can go, and what layers cost.
+            share: of the way, 0 to 1.
+            model: see `_Model`.
+
+        Raises:
+            GoalError: that fast is more than pruning can do; the message says what it can.
+        """
+        whole = model.graph({})
+        multiples: Any = self.plan.round_to
+        if multiples == "auto":
+            multiples = fitting_multiples(groups, self.rules.pruning.channels)
+        feeds = model.sample(whole)
+        sizes = {name: array.shape for name, array in feeds.items()}
+        shapes = layer_shapes(whole, sizes=_symbols(whole, sizes))
+        widths = widths_to_measure(groups, costs, multiples)
+        table = time_layers(
+            shapes,
+            {name: widths[name] for name in shapes if name in widths},
+            self.rules,
+            self.backend,
+            cache=self.cache,
+            on_progress=self.on_progress,
+        )
+        with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
+            before = self._built(whole, Path(folder) / BEFORE)
+            total = self._compare([Candidate(BEFORE, before, self.rules)], feeds).timings[0].median_ms
+            frontier = Frontier(groups, costs, table.time, total_ms=total, multiples=multiples)
+            goal = (
+                total / (1 + (self.value - 1) * share)
+                if self.kind == "speedup"
+                else total + (self.value - total) * share
+            )
+
+            def tried(choice: Choice) -> float:
+                cut = self._built(model.graph(choice), Path(folder) / f"{AFTER}-{len(results)}")
+                pair = [Candidate(BEFORE, before, self.rules), Candidate(AFTER, cut, self.rules)]
+                results.append(_timed(self._compare(pair, feeds)))
+                self.on_progress(f"prune: {results[-1].speedup:.2f}x as fast on {self.rules.name}", len(results), None)
+                # Both drift alike: the ratio is what counts where a ratio was asked for.
+                return total / results[-1].speedup if self.kind == "speedup" else results[-1].ms
+
+            results: list[Timed] = []
+            reached = meet_goal(frontier, tried, goal)
+        self.found = next(
+            one for one in results if reached.measured_ms == (total / one.speedup if self.kind == "speedup" else one.ms)
+        )
+        return Chosen(reached.choice, (*reached.remarks, *table.remarks))
+
+    def _built(self, graph: ir.Model, folder: Path) -> Artifact:
+        folder.mkdir()
+        save_onnx(graph, folder / MODEL)
+        return self.backend.convert(folder / MODEL, self.rules, folder, precision=FLOAT)
+
+    def _compare(self, candidates: Sequence[Candidate], feeds: dict[str, Any]) -> Comparison:
+        found = measure(candidates, feeds, bursts=BURSTS, burst_seconds=BURST_SECONDS)
+        if found.failures:
+            raise BackendError(f"target {self.rules.name!r}: {next(iter(found.failures.values()))}")
+        return found
+
+
+def _timed(found: Comparison) -> Timed:
+    ratio = found.ratios[AFTER]
+    return Timed(ratio.median, ratio.ci_low, ratio.ci_high, found.timings[1].median_ms)
+
+
+def _symbols(model: ir.Model, sizes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+    """What the open dimensions of a model's inputs are for one sample, by their names."""
+    found = {}
+    for value in model.graph.inputs:
+        for dim, size in zip(value.shape or (), sizes[value.name or ""], strict=True):
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+                found[dim.value] = size
+    return found
+
+
+class TorchModel:
+    """A torch module whose channels are cut and that is then exported."""
+
+    def __init__(self, module: Any, arrays: Any, ignore: Sequence[str], opset: int) -> None:
+        self.module, self.arrays, self.ignore, self.opset = module, arrays, ignore, opset
+
+    def graph(self, choice: Choice) -> ir.Model:
+        """The float graph with the chosen units."""
+        from edgekit.training.export_onnx import export_onnx
+        from edgekit.training.prune.groups import find_groups
+
+        prunable = find_groups(self.module, self.arrays, ignore=self.ignore)
+        module = prunable.cut(choice) if choice else prunable.module
+        few = (
+            {name: array[:EXAMPLES] for name, array in self.arrays.items()}
+            if isinstance(self.arrays, dict)
+            else tuple(array[:EXAMPLES] for array in self.arrays)
+        )
+        model = export_onnx(module, few, opset=self.opset)
+        examples = self.sample(model, EXAMPLES)
+        return rewrite(canonicalize(model, examples, opset=self.opset), examples)
+
+    def sample(self, model: ir.Model, count: int = 1) -> dict[str, np.ndarray[Any, Any]]:
+        """Samples by the names of a model's inputs."""
+        names = [value.name or "" for value in model.graph.inputs]
+        given = self.arrays if isinstance(self.arrays, dict) else dict(zip(names, self.arrays, strict=True))
+        return {name: np.asarray(given[name])[:count] for name in names}

@@ -1,0 +1,211 @@
+"""`--prune`, `--macs`, `--speedup`, `--latency`, `--sparsity`: cut the source before it becomes a graph, and train what is left."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgekit.channel_choice import Chosen, Multiples, by_macs, by_ratio, fitting_multiples
+from edgekit.channels import Group, LayerCost, total_macs
+from edgekit.distillation import Distillation
+from edgekit.finetune import Finetune, Finetuned
+from edgekit.pipelines.prune_timing import Timing, TorchModel
+from edgekit.progress import Progress
+from edgekit.pruning import DURING, SCRATCH, Prune, Pruned
+from edgekit.schedule import Schedule
+from edgekit.target import Target
+
+GRADIENT_BATCHES = 8
+"""Of the training data, for criteria that need gradients."""
+
+Train = Callable[..., tuple[Any, Finetuned]]
+"""`(module, plan, label, masks, gradually)`: trains a copy."""
+
+
+@dataclass(frozen=True, slots=True)
+class PruneJob:
+    """What one pruning works with.
+
+    Attributes:
+        plan: what to cut.
+        recovery: how to train what is left.
+        rules: whose numbers of channels are liked, where `plan` leaves that open.
+        arrays: samples of the module's inputs.
+        train: see `Train`.
+        batches: of the training data, the first so many, for a module.
+        measure: the metric of a module; None without one.
+        cache: a folder for measured times; None is the user's own.
+    """
+
+    plan: Prune
+    recovery: Finetune
+    rules: Target
+    arrays: Any
+    train: Train
+    batches: Callable[[Any, int], Sequence[Any]]
+    measure: Callable[[Any], float] | None
+    on_progress: Progress
+    cache: Path | None = None
+
+
+def prune_module(job: PruneJob, module: Any) -> tuple[Any, Any, Pruned]:
+    """The module, pruned and recovered; the masks of its zeros, if single weights went; and what it came to.
+
+    Raises:
+        EdgekitError: nothing can be cut, the goal cannot be met, or the recovery failed.
+    """
+    before = job.measure(module) if job.measure else None
+    if job.plan.sparsity is not None:
+        return _sparsified(job, module, before)
+    return _cut(job, module, before)
+
+
+def recovering(plan: Finetune | None, prune: Prune, teacher: Any) -> Finetune:
+    """How what was cut is trained: as is asked for, but in float, and from the unpruned model where nobody else teaches."""
+    plan = plan or Finetune()
+    update: dict[str, Any] = {"qat": False}
+    if plan.teacher is None and prune.schedule != SCRATCH:
+        update |= {"teacher": teacher, "distill": plan.distill or Distillation()}
+    return plan.model_copy(update=update)
+
+
+def _cut(job: PruneJob, module: Any, before: float | None) -> tuple[Any, Any, Pruned]:
+    from edgekit.training.prune.flow import prune
+
+    plan, trained = job.plan, list[Finetuned]()
+    timing = Timing(plan, job.cache, job.on_progress) if plan.timed else None
+
+    def recover(cut: Any, schedule: Schedule, label: str) -> Any:
+        if not plan.recover:
+            return cut
+        cut, found = job.train(cut, job.recovery.model_copy(update={"schedule": schedule}), label, None, False)
+        trained.append(found)
+        return cut
+
+    job.on_progress("prune", 0, None)
+    by_amount = _Amount(plan, _multiples(job))
+
+    def choose(prunable: Any, share: float) -> Chosen:
+        if timing is None:
+            return by_amount.choose(prunable.groups, prunable.costs, share)
+        model = TorchModel(prunable.module, job.arrays, plan.ignore, job.rules.graph.opset)
+        return timing.choose(prunable.groups, prunable.costs, share, model)
+
+    cutting = prune(
+        module,
+        plan,
+        job.arrays,
+        score=lambda prunable: _score(job, prunable),
+        choose=choose,
+        recover=recover,
+        schedule=job.recovery.schedule,
+    )
+    record = Pruned(
+        summary=plan.summary,
+        layers=cutting.layers,
+        macs=cutting.macs,
+        parameters=cutting.parameters,
+        **(_times(timing) if timing else {}),
+        **_metrics(before, trained),
+        remarks=(*cutting.remarks, *(trained[-1].remarks if trained else ())),
+    )
+    return cutting.module, None, record
+
+
+def _sparsified(job: PruneJob, module: Any, before: float | None) -> tuple[Any, Any, Pruned]:
+    from edgekit.training.prune.sparsity import layer_sparsity, plan_masks, sparsify
+
+    plan = job.plan
+    gradually = plan.schedule == DURING
+    assert plan.sparsity is not None, "the goal"
+    make = plan_masks if gradually and plan.recover else sparsify
+    module, trained = copy.deepcopy(module), list[Finetuned]()
+    job.on_progress("prune", 0, None)
+    masks = make(module, plan.sparsity, scope=plan.scope, ignore=plan.ignore)
+    if plan.recover:
+        module, found = job.train(module, job.recovery, "sparse", masks, gradually)
+        trained.append(found)
+    layers = layer_sparsity(module)
+    weights = sum(layer.weights for layer in layers)
+    record = Pruned(
+        summary=plan.summary,
+        sparsity=sum(layer.zeros * layer.weights for layer in layers) / max(1, weights),
+        **_metrics(before, trained),
+        remarks=(*(f"stays dense: {name}: {why}" for name, why in masks.dense.items()), NO_GAIN),
+    )
+    return module, masks, record
+
+
+NO_GAIN = (
+    "zeros among the weights: no CPU runtime here computes faster for them (none was measured to); TensorRT may for 2:4 on GPUs that "
+    "have it; files shrink when they are compressed"
+)
+
+
+def _times(timing: Timing) -> dict[str, Any]:
+    found = timing.found
+    assert found is not None, "it chose"
+    return {
+        "target": timing.rules.name,
+        "speedup": found.speedup,
+        "speedup_low": found.low,
+        "speedup_high": found.high,
+        "latency_ms": found.ms,
+    }
+
+
+def _metrics(before: float | None, trained: list[Finetuned]) -> dict[str, Any]:
+    if not trained:
+        return {"before": before}
+    return {
+        "before": before,
+        "cut": trained[0].before,
+        "after": trained[-1].after,
+        "recovered": trained[-1].told,
+    }
+
+
+@dataclass(slots=True)
+class _Amount:
+    """Chooses a share of the channels, or of the multiply-accumulates, of what there was in the first round."""
+
+    plan: Prune
+    multiples: Callable[[tuple[Group, ...]], Multiples]
+    whole: float = math.nan
+
+    def choose(self, groups: tuple[Group, ...], costs: tuple[LayerCost, ...], share: float) -> Chosen:
+        """What to keep so that a share of all that goes is gone."""
+        multiples, scope = self.multiples(groups), self.plan.scope
+        if self.plan.macs is not None:
+            now = total_macs(costs, {})
+            self.whole = now if math.isnan(self.whole) else self.whole
+            wanted = (1 - (1 - self.plan.macs) * share) * self.whole / now
+            return by_macs(groups, costs, wanted, scope=scope, multiples=multiples) if wanted < 1 else Chosen({})
+        assert self.plan.ratio is not None, "one goal is given"
+        there = sum(group.units * group.width for group in groups)
+        self.whole = there if math.isnan(self.whole) else self.whole
+        ratio = 1 - (1 - self.plan.ratio * share) * self.whole / there
+        return by_ratio(groups, ratio, scope=scope, multiples=multiples) if ratio > 0 else Chosen({})
+
+
+def _multiples(job: PruneJob) -> Callable[[tuple[Group, ...]], Multiples]:
+    if job.plan.round_to != "auto":
+        fixed = job.plan.round_to
+        return lambda groups: fixed
+    return lambda groups: fitting_multiples(groups, job.rules.pruning.channels)
+
+
+def _score(job: PruneJob, prunable: Any) -> None:
+    """Give the groups scores by the criterion, on gradients where that needs them."""
+    from edgekit.training.prune.flow import reaction_or_task
+    from edgekit.training.prune.importance import GRADIENTS, IMPORTANCE, gather_gradients
+
+    criterion = job.plan.criterion
+    if criterion in GRADIENTS:
+        batches = job.batches(prunable.module, GRADIENT_BATCHES)
+        gather_gradients(prunable.module, batches, reaction_or_task(batches[0]), kind=GRADIENTS[criterion])
+    prunable.score(IMPORTANCE[criterion] if isinstance(criterion, str) else criterion)

@@ -1,0 +1,143 @@
+"""Pruning by a plan: find what can go, choose, cut, recover, as often as the plan says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from edgekit.channel_choice import Chosen
+from edgekit.channels import Group, LayerCost, kept_shares, total_macs, total_parameters
+from edgekit.data.samples import LABELS
+from edgekit.errors import DataError, GoalError
+from edgekit.pruning import DURING, SCRATCH, Prune, PrunedLayer
+from edgekit.schedule import Schedule
+from edgekit.training.distill import task_loss
+from edgekit.training.prune.groups import Examples, Prunable, find_groups
+from edgekit.training.prune.importance import Loss
+
+Choose = Callable[[Prunable, float], Chosen]
+"""What to keep, so that a share (0 to 1) of all that is to go is gone."""
+Recover = Callable[[nn.Module, Schedule, str], nn.Module]
+"""Trains a module by a schedule; the text names the training."""
+MOST_ROUNDS = 4
+"""Of pruning during training."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cutting:
+    """What pruning came to.
+
+    Attributes:
+        module: cut, and recovered where it was to be.
+        layers: that lost channels, as they were and as they are.
+        macs, parameters: of all layers, before and after.
+        remarks: what the user should know.
+    """
+
+    module: nn.Module
+    layers: tuple[PrunedLayer, ...]
+    macs: tuple[int, int]
+    parameters: tuple[int, int]
+    remarks: tuple[str, ...]
+
+
+def prune(
+    module: nn.Module,
+    plan: Prune,
+    examples: Examples,
+    *,
+    score: Callable[[Prunable], None],
+    choose: Choose,
+    recover: Recover,
+    schedule: Schedule,
+) -> Cutting:
+    """A pruned copy of `module`.
+
+    Args:
+        module: eager; it stays as it was.
+        plan: its `schedule` says in how many rounds, `ignore` what keeps its channels.
+        examples: of forward.
+        score: gives the groups of what is to be cut their scores.
+        choose: what to keep of them.
+        recover: trains what was cut.
+        schedule: of the recovery: of each round, or of all together where pruning goes on during training.
+
+    Raises:
+        EdgekitError: see `find_groups`, `choose` and `recover`.
+    """
+    remarks: dict[str, None] = {}
+    first: tuple[LayerCost, ...] = ()
+    for number, (share, part) in enumerate(_rounds(plan, schedule)):
+        prunable = find_groups(module, examples, ignore=plan.ignore)
+        score(prunable)
+        groups, costs = prunable.groups, prunable.costs
+        first = first or costs
+        chosen = choose(prunable, share)
+        module = prunable.cut(chosen.choice)
+        left = kept_shares(groups, chosen.choice)
+        remarks |= dict.fromkeys((*prunable.remarks, *chosen.remarks))
+        if plan.schedule == SCRATCH:
+            _forget(module)
+        module = recover(module, part, f"round {number + 1}")
+    layers = tuple(_layers(first, costs, left))
+    if not layers:
+        raise GoalError(f"pruning by {plan.summary} cut nothing: {'; '.join(remarks) or 'no channel is left to go'}")
+    macs = round(total_macs(first, {})), round(total_macs(costs, left))
+    return Cutting(module, layers, macs, _parameters(first, costs, left), tuple(remarks))
+
+
+def _rounds(plan: Prune, schedule: Schedule) -> Iterator[tuple[float, Schedule]]:
+    """What is to be gone after each round, and how it is recovered from."""
+    if plan.schedule != DURING:
+        yield from ((number / plan.rounds, schedule) for number in range(1, plan.rounds + 1))
+        return
+    length = schedule.steps or schedule.epochs or 0
+    rounds = min(MOST_ROUNDS, length // 2)
+    if not rounds:
+        raise DataError(f"pruning during training takes two epochs or steps at least; found {length}: train longer")
+    each = length // (2 * rounds)
+    for number in range(1, rounds):
+        yield number / rounds, _lasting(schedule, each).model_copy(update={"decay": "constant"})
+    yield 1.0, _lasting(schedule, length - each * (rounds - 1))
+
+
+def _lasting(schedule: Schedule, length: int) -> Schedule:
+    return schedule.model_copy(update={"steps" if schedule.steps else "epochs": length})
+
+
+def _forget(module: nn.Module) -> None:
+    """New weights, as each layer begins with."""
+    for child in module.modules():
+        if callable(begin := getattr(child, "reset_parameters", None)):
+            begin()
+
+
+def _layers(first: Sequence[LayerCost], last: Sequence[LayerCost], left: dict[str, float]) -> Iterator[PrunedLayer]:
+    before = {cost.name: cost for cost in first}
+    for cost in last:
+        old, (inputs, outputs) = before.get(cost.name, cost), cost.shares(left)
+        after = round(cost.channels[0] * inputs), round(cost.channels[1] * outputs)
+        if after != old.channels:
+            macs = old.macs, round(cost.macs * inputs * outputs)
+            yield PrunedLayer(name=cost.name, before=old.channels, after=after, macs=macs)
+
+
+def _parameters(first: Sequence[LayerCost], last: Sequence[LayerCost], left: dict[str, float]) -> tuple[int, int]:
+    return round(total_parameters(first, {})), round(total_parameters(last, left))
+
+
+def channels_gone(groups: Sequence[Group], whole: int) -> float:
+    """Of so many channels that could be cut to begin with, the share that is gone."""
+    return 1 - sum(group.units * group.width for group in groups) / whole
+
+
+def reaction_or_task(batch: Mapping[str, Tensor]) -> Loss:
+    """What gradients are taken of: the loss on labels, or without labels how strongly the outputs react, their mean square."""
+    if LABELS in batch:
+        return lambda outputs, labelled: task_loss(outputs, {}, labelled)
+    return lambda outputs, _: torch.stack(
+        [out.float().square().mean() for out in outputs.values() if out.is_floating_point()]
+    ).sum()
