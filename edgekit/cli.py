@@ -137,26 +137,57 @@ def compress(
     given |= few_bits(given.pop("bits", None), given)
     method = merged_method(file.method, {name: given.pop(name) for name in METHOD & given.keys()}, layers, keep_float)
     finetune = merged_finetune(file.finetune, {name: given.pop(name) for name in FINETUNE & given.keys()})
-    prune = merged_prune(file.prune, {name: given.pop(name) for name in PRUNE & given.keys()})
+    pruning = {name: given.pop(name) for name in PRUNE & given.keys()}
+    ratios = [part.strip() for part in pruning.pop("ratio", "").split(",") if part.strip()]
+    plans = [merged_prune(file.prune, pruning | {"ratio": ratio}) for ratio in ratios]
+    plans = plans or [merged_prune(file.prune, pruning)]
     options |= given
     options |= {"target": PORTABLE} if portable else {"target": target} if target else {}
+    options.setdefault("target", PORTABLE)
     if "calibration" not in options:
         raise click.UsageError("Missing option '--calibration': samples of what the model sees in use.")
     with progress_bars(quiet=as_json) as on_progress, _stdout_for_json(as_json):
-        result = run(
-            source,
-            out,
-            method=method,
-            finetune=finetune,
-            prune=prune,
-            preprocess=file.data.preprocess,
-            on_progress=on_progress,
-            **options,
-        )
+
+        def one(folder: Path, prune: Any) -> CompressResult:
+            return run(
+                source,
+                folder,
+                method=method,
+                finetune=finetune,
+                prune=prune,
+                preprocess=file.data.preprocess,
+                on_progress=on_progress,
+                **options,
+            )
+
+        if len(plans) > 1:
+            _compare(out, plans, one, options["target"], on_progress, as_json=as_json)
+            return
+        result = one(out, plans[0])
     if as_json:
         _print_json(result.record)
     else:
         _print_compressed(result)
+
+
+def _compare(
+    out: Path,
+    plans: list[Any],
+    compress_one: Callable[[Path, Any], CompressResult],
+    target: str,
+    on_progress: Any,
+    *,
+    as_json: bool,
+) -> None:
+    """Several ratios of `--prune`."""
+    from edgekit.pipelines.pareto import PARETO, pareto
+    from edgekit.target import PORTABLE
+
+    found = pareto(out, plans, compress_one, [] if target == PORTABLE else [target], on_progress=on_progress)
+    if as_json:
+        _print_json(found)
+    else:
+        click.echo((out / f"{PARETO}.md").read_text(encoding="utf-8"))
 
 
 @main.command(cls=_Command)

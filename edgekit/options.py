@@ -93,7 +93,9 @@ FINETUNE = {
 """The options of `edgekit.finetune.Finetune`, by its field names; those of its tables behind two underscores."""
 
 PRUNE = {
-    "ratio": click.option("--prune", "ratio", type=float, help="Share of the channels that go, such as 0.5."),
+    "ratio": click.option(
+        "--prune", "ratio", metavar="RATIO,...", help="Share of the channels that go; several are compared."
+    ),
     "macs": click.option("--macs", type=float, help="Prune: share of the multiply-accumulates that stay."),
     "speedup": click.option("--speedup", metavar="TIMES@TARGET", help="Prune: until it is so much faster, in float."),
     "latency": click.option("--latency", metavar="TIME@TARGET", help="Prune: until it takes so long, in float."),

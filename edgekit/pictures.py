@@ -1,4 +1,4 @@
-"""The pictures of `compress --explain`: what each layer costs, and how the worst layers' numbers lie on their grids.
+"""Pictures: of `compress --explain`, what each layer costs and how the worst layers' numbers lie on their grids; of pruning, a front.
 
 They are drawn from the record alone, as SVG files whose bytes depend on nothing else but Matplotlib's version.
 """
@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgekit.distribution import ChannelRanges, Distribution, LayerDistributions
 from edgekit.errors import OutputError
@@ -28,7 +28,7 @@ MOST_ACTIVATIONS = 4
 WIDEST_DB = 80.0
 """Between the worst layer and the end of the axis: what is better still does not matter."""
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.hashsalt": "edgekit",
     "svg.fonttype": "none",  # names can be searched for, and files are small
     "text.parse_math": False,  # a name may hold dollars
@@ -195,3 +195,22 @@ def _shortened(name: str, most: int) -> str:
         return name
     begin = most // 3
     return f"{name[:begin]}…{name[len(name) - (most - begin - 1) :]}"
+
+
+def pareto_svg(points: Mapping[str, Sequence[tuple[str, float, float]]], metric: str) -> str:
+    """Accuracy against latency as an SVG file: for each target its points as (label, ms, metric), in the order of pruning."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    with style.context(["default", _STYLE]):
+        figure = Figure((5.2, 3.4), layout="constrained")
+        axes = figure.subplots()
+        for target, some in points.items():
+            axes.plot([ms for _, ms, _ in some], [value for _, _, value in some], "o-", label=target)
+            for label, ms, value in some:
+                axes.annotate(label, (ms, value), xytext=(4, 4), textcoords="offset points")
+        axes.set_xlabel("median latency of one sample (ms)")
+        axes.set_ylabel(metric)
+        axes.grid(visible=True)
+        axes.legend()
+        return _svg(figure)

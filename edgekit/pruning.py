@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from edgekit.channels import LayerCost, total_macs, total_parameters
 from edgekit.toml_file import Table
 
 CRITERIA = ("l1", "l2", "bn", "taylor", "hessian", "random", "fpgm")
@@ -153,10 +155,31 @@ class Pruned(Table):
             )
         if self.speedup is not None:
             text += f"; {self.speedup:.2f}x as fast on {self.target} ({self.speedup_low:.2f} to {self.speedup_high:.2f}), in float"
-        if self.before is not None and self.cut is not None and self.after is not None:
-            text += f"; metric {self.before:.4f} as it came, {self.cut:.4f} cut, {self.after:.4f} after recovery"
-        return text
+        if self.before is not None and self.cut is not None:
+            text += f"; metric {self.before:.4f} as it came, {self.cut:.4f} cut"
+        return text if self.after is None else f"{text}, {self.after:.4f} after recovery"
 
 
 def _fewer(pair: tuple[int, int]) -> str:
     return f"{pair[0]:,} to {pair[1]:,} ({pair[1] / max(1, pair[0]):.0%})"
+
+
+def pruned_layers(
+    first: Sequence[LayerCost], last: Sequence[LayerCost], left: Mapping[str, float]
+) -> Iterator[PrunedLayer]:
+    """The layers that lost channels: as they were at `first`, and of what they `last` were what is `left` of each group."""
+    before = {cost.name: cost for cost in first}
+    for cost in last:
+        old, (inputs, outputs) = before.get(cost.name, cost), cost.shares(left)
+        after = round(cost.channels[0] * inputs), round(cost.channels[1] * outputs)
+        if after != old.channels:
+            macs = old.macs, round(cost.macs * inputs * outputs)
+            yield PrunedLayer(name=cost.name, before=old.channels, after=after, macs=macs)
+
+
+def totals(
+    first: Sequence[LayerCost], last: Sequence[LayerCost], left: Mapping[str, float]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """MACs and parameters of all layers, before and after; arguments as of `pruned_layers`."""
+    macs = round(total_macs(first, {})), round(total_macs(last, left))
+    return macs, (round(total_parameters(first, {})), round(total_parameters(last, left)))

@@ -165,7 +165,7 @@ def _markdown(
     parts = [f"# {compressed.source.name}", "", *_compression(compressed), ""]
     if manifests:
         rows = [_row(compressed, manifest, measured.get(name)) for name, manifest in manifests.items()]
-        parts += ["## Targets", "", *_table(COLUMNS, [row.cells() for row in rows]), ""]
+        parts += ["## Targets", "", *table(COLUMNS, [row.cells() for row in rows]), ""]
     for name, manifest in manifests.items():
         parts += [f"### {name}", "", *_export(manifest), ""]
     if benchmarks:
@@ -244,7 +244,7 @@ def _departures(departures: Sequence[Departure]) -> list[str]:
         f"Codes, with the runtime's own optimizations, against those that were trained: {share(departures):.3%} of {total:,} differ, "
         f"by at most {worst}. What a layer gets differs already where a layer before it does."
     )
-    return ["", told, "", *_table(("layer", "tensor", "codes", "differ", "by at most"), rows)]
+    return ["", told, "", *table(("layer", "tensor", "codes", "differ", "by at most"), rows)]
 
 
 def _distance(output: OutputProof) -> str:
@@ -292,7 +292,7 @@ def _latency(benchmarks: Benchmarks) -> list[str]:
         "peak MiB",
         "bytes",
     )
-    lines = _table(header, rows) if rows else []
+    lines = table(header, rows) if rows else []
     for record in benchmarks.targets:
         if record.speedup is not None and record.speedup_over_fastest is not None:
             lines.append(
@@ -311,7 +311,7 @@ def _pruned(pruned: Pruned) -> list[str]:
         for layer in pruned.layers[:_MOST_LAYERS]
         for pairs in [tuple(zip(layer.before, layer.after, strict=True))]
     ]
-    return _table(("layer", "inputs", "outputs", "MACs"), rows)
+    return table(("layer", "inputs", "outputs", "MACs"), rows)
 
 
 def _arrow(before: int, after: int) -> str:
@@ -330,7 +330,7 @@ def _searched(searched: Searched) -> list[str]:
         )
         for number, trial in enumerate(searched.trials, 1)
     ]
-    return _table(("trial", "changed", searched.judged_by, "seconds", ""), rows)
+    return table(("trial", "changed", searched.judged_by, "seconds", ""), rows)
 
 
 def _sensitivity(compressed: Compressed) -> list[str]:
@@ -348,7 +348,7 @@ def _sensitivity(compressed: Compressed) -> list[str]:
         )
         for layer, own in zip(worst, noise, strict=True)
     ]
-    return _table(("node", "operator", "its output, dB", "model's output, dB", "cosine", "error"), rows)
+    return table(("node", "operator", "its output, dB", "model's output, dB", "cosine", "error"), rows)
 
 
 def _placement(placement: TunedPlacement) -> list[str]:
@@ -362,7 +362,7 @@ def _placement(placement: TunedPlacement) -> list[str]:
         )
         for step in placement.steps
     ]
-    return ["", *_table(("timed", "to", "times faster", ""), rows)] if rows else []
+    return ["", *table(("timed", "to", "times faster", ""), rows)] if rows else []
 
 
 def _layers(compressed: Compressed) -> list[str]:
@@ -378,11 +378,12 @@ def _layers(compressed: Compressed) -> list[str]:
         )
         for layer in compressed.layers[:_MOST_LAYERS]
     ]
-    lines = _table(("layer", "operator", "output", "MACs", "share", "parameters"), rows)
+    lines = table(("layer", "operator", "output", "MACs", "share", "parameters"), rows)
     more = len(compressed.layers) - _MOST_LAYERS
     return lines + ([f"\n... and {more} more."] if more > 0 else [])
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table, line by line."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return lines + ["| " + " | ".join(row) + " |" for row in rows]

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from edgekit.backend import Artifact, Availability, CompiledModel, KernelRecord
 from edgekit.errors import BackendError
 from edgekit.graph.io import load_onnx, save_onnx
+from edgekit.graph.sparsity import graph_sparsity
 from edgekit.lowering.half import to_float16
 from edgekit.lowering.qdq import lower_qdq
 from edgekit.target import Target
@@ -75,7 +76,12 @@ class TensorRtBackend:
                 save_onnx(to_float16(graph), half)
                 model = half
             request = Request(
-                str(model.absolute()), str((out / ENGINE).absolute()), isa, ranges, tf32=precision != "f32"
+                str(model.absolute()),
+                str((out / ENGINE).absolute()),
+                isa,
+                ranges,
+                tf32=precision != "f32",
+                sparse=any(layer.two_four for layer in graph_sparsity(graph)),
             )
             reply = _in_child(request, Path(folder))
         if reply.error:

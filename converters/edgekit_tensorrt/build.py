@@ -30,6 +30,7 @@ class Request:
         isa: the GPUs to build for ("sm86"), or ("current",).
         profile: (min, opt, max) shapes of each input with dynamic dimensions.
         tf32: float32 matrix products may round their inputs to 10 bits, which is TensorRT's default.
+        sparse: kernels may skip zeros, where a layer has two in every four weights.
     """
 
     model: str
@@ -37,6 +38,7 @@ class Request:
     isa: list[str]
     profile: dict[str, list[Shape]] = field(default_factory=dict)
     tf32: bool = True
+    sparse: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,8 @@ def _config(trt: ModuleType, builder: Any, request: Request) -> Any:
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if not request.tf32:
         config.clear_flag(trt.BuilderFlag.TF32)
+    if request.sparse:
+        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
     _set_compute_capabilities(trt, config, request.isa)
     if request.profile:
         profile = builder.create_optimization_profile()

@@ -200,13 +200,16 @@ def _load(given: _Given, rules: Target, tuning: Tuning | None, on_progress: Prog
         calibration = synthetic_samples(given.source, factory=factory, trust=trust, input_shape=given.input_shape)
     dataset = _open(calibration, given.preprocess, given.samples)
     on_progress("load the source", 0, None)
-    tune = None if tuning is None else partial(tuning.train, dataset)
+    on_graph = tuning is not None and tuning.plan is None and _is_onnx(given.source)
+    tune = None if tuning is None or on_graph else partial(tuning.train, dataset)
     graph, origin = load_source(given.source, dataset, factory=factory, trust=trust, opset=rules.graph.opset, tune=tune)
     promised = contract(graph)
     data = dataset.bind(input_specs(graph))
     on_progress("bring it into canonical form", 0, None)
     examples = first_batch(data, EXAMPLES)
     graph = canonicalize(graph, examples, opset=rules.graph.opset)
+    if tuning is not None and on_graph:
+        graph = tuning.cut_graph(graph, examples)
     graph = rewrite(without_params(graph) if dequantize else graph, examples)
     check_contract(promised, graph)
     for value in graph.graph.inputs:
@@ -215,6 +218,10 @@ def _load(given: _Given, rules: Target, tuning: Tuning | None, on_progress: Prog
     verifying, held, remark = held_back(data, calibrating.stop)
     remarks = tuple(filter(None, (remark, MADE_UP if made_up else "")))
     return _Loaded(graph, origin, data, calibrating, verifying, held, remarks)
+
+
+def _is_onnx(source: object) -> bool:
+    return isinstance(source, str | Path) and Path(source).suffix.lower() == ".onnx"
 
 
 def _is_trained(loaded: _Loaded) -> bool:

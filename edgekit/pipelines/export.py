@@ -20,6 +20,7 @@ from edgekit.graph.io import load_onnx
 from edgekit.graph.magnitudes import mark_wide, wide_names
 from edgekit.graph.rules import check_operators
 from edgekit.graph.run import Session
+from edgekit.graph.sparsity import graph_sparsity
 from edgekit.lowering.saturation import saturates_here, with_reduced_range
 from edgekit.metric import Evaluate, Runner, open_metric
 from edgekit.output import sha256, staged_folder, write_text
@@ -225,26 +226,46 @@ def _export_one(
     if tuning_s is not None and available.can_run and format == "qdq":
         placement = fastest(stored, target, backend, tuning_s, on_progress)
     slow = frozenset(placement.keep_float) if placement else frozenset()
+    candidate, kept = _repaired(job, slow, on_progress)
+    parted, parted_note = departures(job, slow | frozenset(kept))
+    notes = (
+        *lift_notes(lifted, proxied.name if proxied else ""),
+        *_size_notes(stored, resized, candidate.artifact),
+        *_sparsity_note(stored.record, folder / MODEL),
+        *([parted_note] if parted_note else []),
+    )
+    return _describe(job, stored.record, candidate, kept, placement, metric, decision, parted, notes)
+
+
+def _repaired(job: Job, slow: frozenset[str], on_progress: Progress) -> tuple[Candidate, tuple[str, ...]]:
+    """What was built, and the layers that are in float because the runtime gets them wrong; `slow` ones are in float anyway.
+
+    Raises:
+        BackendError: the runtime refuses the graph whatever is in float.
+    """
     kept: tuple[str, ...] = ()
     while True:
-        on_progress(f"{target.name}: lower, convert, verify", len(kept), None)
+        on_progress(f"{job.target.name}: lower, convert, verify", len(kept), None)
         candidate, problem = try_build(job, slow | frozenset(kept))
         if not problem or len(kept) == MOST_REPAIRS:
             break
-        on_progress(f"{target.name}: find the layer that the runtime gets wrong", len(kept), None)
+        on_progress(f"{job.target.name}: find the layer that the runtime gets wrong", len(kept), None)
         guilty = find_guilty(job, slow | frozenset(kept))
         if guilty is None:
             break
         kept = (*kept, guilty)
     if candidate is None:
         raise BackendError(problem)
-    parted, parted_note = departures(job, slow | frozenset(kept))
-    notes = (
-        *lift_notes(lifted, proxied.name if proxied else ""),
-        *_size_notes(stored, resized, candidate.artifact),
-        *([parted_note] if parted_note else []),
-    )
-    return _describe(job, stored.record, candidate, kept, placement, metric, decision, parted, notes)
+    return candidate, kept
+
+
+def _sparsity_note(record: Compressed, graph: Path) -> Iterator[str]:
+    """How many zeros a model that was made sparse has kept on its way."""
+    if record.pruned is not None and record.pruned.sparsity is not None:
+        found = graph_sparsity(load_onnx(graph))
+        zeros = sum(layer.zeros * layer.weights for layer in found) / max(1, sum(layer.weights for layer in found))
+        fours = sum(layer.two_four for layer in found)
+        yield f"{zeros:.1%} of the weights are zero; {fours} of {len(found)} layers have two zeros in every four along their sums (2:4)"
 
 
 def _batches(stored: Stored) -> list[Arrays]:

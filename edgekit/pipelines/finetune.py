@@ -9,11 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 from edgekit.data import Dataset, Preprocess, example_arrays
 from edgekit.errors import SourceError
 from edgekit.finetune import Finetune, Finetuned
 from edgekit.method import Method
 from edgekit.metric import open_metric
+from edgekit.pipelines.prune_graph import prune_graph
 from edgekit.pipelines.pruning import PruneJob, prune_module, recovering
 from edgekit.pipelines.sources import inputs_of
 from edgekit.progress import Progress
@@ -75,6 +78,15 @@ class Tuning:
         if self.plan is not None and (self.prune is None or self.plan.qat):
             module, self.found = tune(module, self.plan, "", masks, False)
         return module
+
+    def cut_graph(self, graph: ir.Model, examples: dict[str, Any]) -> ir.Model:
+        """An ONNX source's graph, pruned as asked. Raises as `prune_graph` does."""
+        if self.prune is None:
+            return graph
+        graph, self.pruned = prune_graph(
+            graph, self.prune, examples, self.rules, cache=None, on_progress=self.on_progress
+        )
+        return graph
 
     def _tune(
         self, arrays: Any, origin: Source, module: Any, plan: Finetune, label: str, masks: Any, gradually: bool

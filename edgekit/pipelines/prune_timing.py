@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from edgekit.allocation import meet_goal
 from edgekit.backend import Artifact, Backend, get_backend
-from edgekit.channel_choice import Chosen, fitting_multiples
+from edgekit.channel_choice import Chosen, Multiples, fitting_multiples
 from edgekit.channels import Choice, Group, LayerCost
 from edgekit.errors import BackendError
 from edgekit.frontier import Frontier, widths_to_measure
@@ -26,7 +26,7 @@ from edgekit.pipelines.targets import missing
 from edgekit.progress import Progress
 from edgekit.pruning import Prune
 from edgekit.records import MODEL
-from edgekit.target import Target, load_target
+from edgekit.target import Pruning, Target, load_target
 
 BEFORE, AFTER = "unpruned", "pruned"
 FLOAT = "f32"
@@ -76,9 +76,7 @@ class Timing:
             GoalError: that fast is more than pruning can do; the message says what it can.
         """
         whole = model.graph({})
-        multiples: Any = self.plan.round_to
-        if multiples == "auto":
-            multiples = fitting_multiples(groups, self.rules.pruning.channels)
+        multiples = multiples_for(self.plan, groups, self.rules.pruning)
         feeds = model.sample(whole)
         sizes = {name: array.shape for name, array in feeds.items()}
         shapes = layer_shapes(whole, sizes=_symbols(whole, sizes))
@@ -126,6 +124,11 @@ class Timing:
         if found.failures:
             raise BackendError(f"target {self.rules.name!r}: {next(iter(found.failures.values()))}")
         return found
+
+
+def multiples_for(plan: Prune, groups: Sequence[Group], liked: Pruning) -> Multiples:
+    """What numbers of channels are rounded to."""
+    return fitting_multiples(groups, liked.channels) if plan.round_to == "auto" else plan.round_to
 
 
 def _timed(found: Comparison) -> Timed:

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekit.channel_choice import Chosen, Multiples, by_macs, by_ratio, fitting_multiples
+from edgekit.channel_choice import Chosen, by_macs, by_ratio
 from edgekit.channels import Group, LayerCost, total_macs
 from edgekit.distillation import Distillation
 from edgekit.finetune import Finetune, Finetuned
-from edgekit.pipelines.prune_timing import Timing, TorchModel
+from edgekit.pipelines.prune_timing import Timing, TorchModel, multiples_for
 from edgekit.progress import Progress
 from edgekit.pruning import DURING, SCRATCH, Prune, Pruned
 from edgekit.schedule import Schedule
-from edgekit.target import Target
+from edgekit.target import Pruning, Target
 
 GRADIENT_BATCHES = 8
 """Of the training data, for criteria that need gradients."""
@@ -87,7 +87,7 @@ def _cut(job: PruneJob, module: Any, before: float | None) -> tuple[Any, Any, Pr
         return cut
 
     job.on_progress("prune", 0, None)
-    by_amount = _Amount(plan, _multiples(job))
+    by_amount = Amount(plan, job.rules.pruning)
 
     def choose(prunable: Any, share: float) -> Chosen:
         if timing is None:
@@ -109,8 +109,8 @@ def _cut(job: PruneJob, module: Any, before: float | None) -> tuple[Any, Any, Pr
         layers=cutting.layers,
         macs=cutting.macs,
         parameters=cutting.parameters,
-        **(_times(timing) if timing else {}),
-        **_metrics(before, trained),
+        **(times(timing) if timing else {}),
+        **_metrics(before, trained, job.measure(cutting.module) if job.measure and not trained else None),
         remarks=(*cutting.remarks, *(trained[-1].remarks if trained else ())),
     )
     return cutting.module, None, record
@@ -134,7 +134,7 @@ def _sparsified(job: PruneJob, module: Any, before: float | None) -> tuple[Any, 
     record = Pruned(
         summary=plan.summary,
         sparsity=sum(layer.zeros * layer.weights for layer in layers) / max(1, weights),
-        **_metrics(before, trained),
+        **_metrics(before, trained, job.measure(module) if job.measure and not trained else None),
         remarks=(*(f"stays dense: {name}: {why}" for name, why in masks.dense.items()), NO_GAIN),
     )
     return module, masks, record
@@ -146,7 +146,8 @@ NO_GAIN = (
 )
 
 
-def _times(timing: Timing) -> dict[str, Any]:
+def times(timing: Timing) -> dict[str, Any]:
+    """What a record says of measured times."""
     found = timing.found
     assert found is not None, "it chose"
     return {
@@ -158,9 +159,9 @@ def _times(timing: Timing) -> dict[str, Any]:
     }
 
 
-def _metrics(before: float | None, trained: list[Finetuned]) -> dict[str, Any]:
+def _metrics(before: float | None, trained: list[Finetuned], cut: float | None) -> dict[str, Any]:
     if not trained:
-        return {"before": before}
+        return {"before": before, "cut": cut}
     return {
         "before": before,
         "cut": trained[0].before,
@@ -170,16 +171,16 @@ def _metrics(before: float | None, trained: list[Finetuned]) -> dict[str, Any]:
 
 
 @dataclass(slots=True)
-class _Amount:
+class Amount:
     """Chooses a share of the channels, or of the multiply-accumulates, of what there was in the first round."""
 
     plan: Prune
-    multiples: Callable[[tuple[Group, ...]], Multiples]
+    liked: Pruning
     whole: float = math.nan
 
     def choose(self, groups: tuple[Group, ...], costs: tuple[LayerCost, ...], share: float) -> Chosen:
         """What to keep so that a share of all that goes is gone."""
-        multiples, scope = self.multiples(groups), self.plan.scope
+        multiples, scope = multiples_for(self.plan, groups, self.liked), self.plan.scope
         if self.plan.macs is not None:
             now = total_macs(costs, {})
             self.whole = now if math.isnan(self.whole) else self.whole
@@ -190,13 +191,6 @@ class _Amount:
         self.whole = there if math.isnan(self.whole) else self.whole
         ratio = 1 - (1 - self.plan.ratio * share) * self.whole / there
         return by_ratio(groups, ratio, scope=scope, multiples=multiples) if ratio > 0 else Chosen({})
-
-
-def _multiples(job: PruneJob) -> Callable[[tuple[Group, ...]], Multiples]:
-    if job.plan.round_to != "auto":
-        fixed = job.plan.round_to
-        return lambda groups: fixed
-    return lambda groups: fitting_multiples(groups, job.rules.pruning.channels)
 
 
 def _score(job: PruneJob, prunable: Any) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from edgekit.channel_choice import Chosen
-from edgekit.channels import Group, LayerCost, kept_shares, total_macs, total_parameters
+from edgekit.channels import LayerCost, kept_shares
 from edgekit.data.samples import LABELS
 from edgekit.errors import DataError, GoalError
-from edgekit.pruning import DURING, SCRATCH, Prune, PrunedLayer
+from edgekit.pruning import DURING, SCRATCH, Prune, PrunedLayer, pruned_layers, totals
 from edgekit.schedule import Schedule
 from edgekit.training.distill import task_loss
 from edgekit.training.prune.groups import Examples, Prunable, find_groups
@@ -82,11 +82,10 @@ def prune(
         if plan.schedule == SCRATCH:
             _forget(module)
         module = recover(module, part, f"round {number + 1}")
-    layers = tuple(_layers(first, costs, left))
+    layers = tuple(pruned_layers(first, costs, left))
     if not layers:
         raise GoalError(f"pruning by {plan.summary} cut nothing: {'; '.join(remarks) or 'no channel is left to go'}")
-    macs = round(total_macs(first, {})), round(total_macs(costs, left))
-    return Cutting(module, layers, macs, _parameters(first, costs, left), tuple(remarks))
+    return Cutting(module, layers, *totals(first, costs, left), tuple(remarks))
 
 
 def _rounds(plan: Prune, schedule: Schedule) -> Iterator[tuple[float, Schedule]]:
@@ -113,25 +112,6 @@ def _forget(module: nn.Module) -> None:
     for child in module.modules():
         if callable(begin := getattr(child, "reset_parameters", None)):
             begin()
-
-
-def _layers(first: Sequence[LayerCost], last: Sequence[LayerCost], left: dict[str, float]) -> Iterator[PrunedLayer]:
-    before = {cost.name: cost for cost in first}
-    for cost in last:
-        old, (inputs, outputs) = before.get(cost.name, cost), cost.shares(left)
-        after = round(cost.channels[0] * inputs), round(cost.channels[1] * outputs)
-        if after != old.channels:
-            macs = old.macs, round(cost.macs * inputs * outputs)
-            yield PrunedLayer(name=cost.name, before=old.channels, after=after, macs=macs)
-
-
-def _parameters(first: Sequence[LayerCost], last: Sequence[LayerCost], left: dict[str, float]) -> tuple[int, int]:
-    return round(total_parameters(first, {})), round(total_parameters(last, left))
-
-
-def channels_gone(groups: Sequence[Group], whole: int) -> float:
-    """Of so many channels that could be cut to begin with, the share that is gone."""
-    return 1 - sum(group.units * group.width for group in groups) / whole
 
 
 def reaction_or_task(batch: Mapping[str, Tensor]) -> Loss:

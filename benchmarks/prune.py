@@ -1,0 +1,61 @@
+"""Structured pruning: what is left of accuracy and of time, and whether what is left quantizes, exports and loads.
+
+python benchmarks/prune.py --only speed
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+from claims import FAIL
+from prune_int8 import int8_section
+from prune_minilm import minilm_section
+from prune_resnet20 import resnet20_section
+from prune_speed import speed_section
+from prune_stored import stored_section
+from qat_part import Part
+from tables import setting
+
+ROOT = Path(__file__).resolve().parent.parent
+SECTIONS: dict[str, Callable[[Path, Path], Part]] = {
+    "resnet20": resnet20_section,
+    "speed": speed_section,
+    "int8": int8_section,
+    "minilm": minilm_section,
+    "stored": stored_section,
+}
+"""What each gets: the folder with models and data, and one of its own to write into."""
+
+
+@click.command()
+@click.option(
+    "--only", type=click.Choice(list(SECTIONS)), help="One section; it is printed, and written if --output is given."
+)
+@click.option(
+    "--zoo",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    default=ROOT.parent / "shared" / "zoo",
+    help="The folder with the checkpoint, the images and the sentences.",
+)
+@click.option("--output", type=click.Path(path_type=Path), help="benchmarks/results/prune.md unless --only is given.")
+def main(only: str | None, zoo: Path, output: Path | None) -> None:
+    """Print the tables and write them to a file; exit with 1 when a claim fails."""
+    sections = []
+    for name in [only] if only else SECTIONS:
+        with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
+            sections.append(SECTIONS[name](zoo, Path(folder)))
+            click.echo(sections[-1].markdown())
+    text = "\n".join([*(section.markdown() for section in sections), setting()])
+    if output is None and not only:
+        output = ROOT / "benchmarks" / "results" / "prune.md"
+    if output is not None:
+        output.write_text(text, encoding="utf-8")
+    if any(claim.verdict == FAIL for section in sections for claim in section.claims):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""`--prune` and its like for an ONNX file: channels are cut from the graph, in one go and without training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from edgekit.channels import Choice, kept_shares
+from edgekit.errors import GraphError, SourceError
+from edgekit.graph.channel_groups import Channels, channel_groups
+from edgekit.graph.equal import prove_equal
+from edgekit.passes.prune_channels import masked, prune_channels
+from edgekit.pipelines.prune_timing import Timing
+from edgekit.pipelines.pruning import Amount, times
+from edgekit.pipelines.remarks import listed
+from edgekit.progress import Progress
+from edgekit.pruning import ONE_SHOT, Prune, Pruned, pruned_layers, totals
+from edgekit.target import Target
+
+Arrays = dict[str, NDArray[np.generic]]
+
+
+def prune_graph(
+    model: ir.Model, plan: Prune, examples: Arrays, rules: Target, *, cache: Path | None, on_progress: Progress
+) -> tuple[ir.Model, Pruned]:
+    """A float graph in canonical form without some channels, proven to compute what it did with these masked; and the record of it.
+
+    Args:
+        model: not changed.
+        plan: what to cut.
+        examples: a few samples of the inputs.
+        rules: whose numbers of channels are liked, where `plan` leaves that open.
+        cache: a folder for measured times; None is the user's own.
+        on_progress: told of each step.
+
+    Raises:
+        SourceError: the plan needs training.
+        GraphError: nothing can be cut, or the criterion needs more than weights.
+        GoalError: the goal cannot be met.
+    """
+    if plan.sparsity is not None or plan.schedule != ONE_SHOT:
+        asked = f"--sparsity {plan.sparsity}" if plan.sparsity is not None else f"--schedule {plan.schedule}"
+        raise SourceError(
+            f"{asked} needs training, which an ONNX file cannot have; give the checkpoint that it was exported from, with --model"
+        )
+    on_progress("prune", 0, None)
+    channels = channel_groups(model, criterion=plan.criterion, ignore=plan.ignore)
+    if not channels.groups:
+        why = listed([f"{name}: {reason}" for name, reason in channels.fixed.items()])
+        raise GraphError(f"the graph has no channels that can be cut: {why}")
+    timing = Timing(plan, cache, on_progress) if plan.timed else None
+    if timing is None:
+        chosen = Amount(plan, rules.pruning).choose(channels.groups, channels.costs, 1.0)
+    else:
+        chosen = timing.choose(channels.groups, channels.costs, 1.0, GraphModel(model, channels, examples))
+    pruned = prune_channels(model, channels, chosen.choice)
+    prove_equal(masked(model, channels, chosen.choice), pruned, examples)
+    left = kept_shares(channels.groups, chosen.choice)
+    macs, parameters = totals(channels.costs, channels.costs, left)
+    record = Pruned(
+        summary=plan.summary,
+        layers=tuple(pruned_layers(channels.costs, channels.costs, left)),
+        macs=macs,
+        parameters=parameters,
+        **(times(timing) if timing else {}),
+        remarks=(*chosen.remarks, *_told(channels)),
+    )
+    return pruned, record
+
+
+def _told(channels: Channels) -> tuple[str, ...]:
+    not_trained = "not trained after pruning, which an ONNX file cannot be: check the accuracy"
+    if not channels.fixed:
+        return (not_trained,)
+    kept = [f"{name} ({reason})" for name, reason in channels.fixed.items()]
+    return not_trained, f"layers that keep their channels: {listed(kept)}"
+
+
+class GraphModel:
+    """A graph whose channels are cut, as `Timing` measures it."""
+
+    def __init__(self, model: ir.Model, channels: Channels, examples: Arrays) -> None:
+        self.model, self.channels, self.examples = model, channels, examples
+
+    def graph(self, choice: Choice) -> ir.Model:
+        """The graph with the chosen units."""
+        return prune_channels(self.model, self.channels, choice) if choice else self.model
+
+    def sample(self, model: ir.Model, count: int = 1) -> dict[str, Any]:
+        """Samples by the names of the inputs."""
+        return {name: array[:count] for name, array in self.examples.items()}
