@@ -13,7 +13,6 @@ from prune_subject import Shape, fewer, resnet20_shape, say, trained_resnet20
 from qat_part import Part, holds
 from qat_resnet20 import EPOCHS, VARIED, _Work
 from qat_resnet20 import FLOAT as FIRST
-from torch import nn
 
 from edgekit.distillation import Distillation
 from edgekit.finetune import Finetune
@@ -27,9 +26,7 @@ RECOVERY = Schedule(epochs=EPOCHS, optimizer="sgd", learning_rate=0.05, batch_si
 LONG = RECOVERY.model_copy(update={"epochs": MANY_EPOCHS})
 TEACHING = Distillation()
 LEAST, MOST_LOST, MOST_MINUTES = 0.835, 0.010, 20.0
-BY_HAND = (
-    "Torch-Pruning by hand, the widths inside blocks only, gave 0.14 when cut, 0.787 after three epochs, and 0.818 with distillation."
-)
+BY_HAND = "Torch-Pruning by hand, the widths inside blocks only, gave 0.14 when cut, 0.787 after three epochs, and 0.818 with distillation."
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +74,7 @@ def _pruned(
     out = folder / label.replace(",", "").replace(" ", "-") / "out"
     out.parent.mkdir()
     begin = time.monotonic()
-    found = shape.pruned(
-        Prune(macs=MACS, criterion=criterion), out, finetune=plan, evaluate=zoo / resnet20.TEST
-    )
+    found = shape.pruned(Prune(macs=MACS, criterion=criterion), out, finetune=plan, evaluate=zoo / resnet20.TEST)
     assert found is not None, "it was pruned"
     return _Row(label, found, time.monotonic() - begin)
 
@@ -109,7 +104,8 @@ def _claims(rows: list[_Row], longer: Mapping[int, float]) -> Iterator[Claim]:
         short.found.after >= LEAST,
     )
     yield holds(
-        "l1: half of the MACs, or less", f"{short.found.macs[1]:,} of {short.found.macs[0]:,}",
+        "l1: half of the MACs, or less",
+        f"{short.found.macs[1]:,} of {short.found.macs[0]:,}",
         short.found.macs[1] <= MACS * short.found.macs[0],
     )
     won = short.found.after - alone.found.after

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import nn
 import edgekit
 from edgekit.backend import get_backend
 from edgekit.data import Preprocess
+from edgekit.errors import SourceError
 from edgekit.finetune import Finetune
 from edgekit.graph.io import load_annotated, save_onnx
 from edgekit.method import Method
@@ -82,7 +82,7 @@ def trained_resnet20(zoo: Path) -> nn.Module:
     """The checkpoint, as it came."""
     from edgekit.training.checkpoint import load_checkpoint
 
-    factory = resolve_reference(str(resnet20.FACTORY), error=RuntimeError, what="factory")
+    factory = resolve_reference(str(resnet20.FACTORY), error=SourceError, what="factory")
     assert callable(factory)
     return load_checkpoint(zoo / resnet20.CHECKPOINT, factory=factory)
 
@@ -106,5 +106,3 @@ def pruned_layers(found: Pruned) -> str:
 def say(text: str) -> None:
     """Where it is, on stderr."""
     click.echo(text, err=True)
-
-

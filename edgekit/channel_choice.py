@@ -21,8 +21,6 @@ Counts = tuple[int, ...]
 
 FLOOR = 0.1
 """Where groups compete, each keeps this share of its units at least."""
-NEAR = 0.02
-"""A share of channels that is missed by more is remarked on."""
 FEWEST_MULTIPLES = 2
 """Of a multiple that fits a group, the group has so many at least: it can lose a half."""
 _RATIO_STEPS = 4096
@@ -74,14 +72,8 @@ def by_ratio(groups: Sequence[Group], ratio: float, *, scope: Scope = "global", 
         raise GoalError(
             f"nothing is pruned by a ratio of {ratio:g}: with numbers of channels rounded, {least}; ask for more, or round to less"
         )
-    counts, reached = ladder.counts(position), gone(position)
-    remarks = _remarks(groups, ladder, ladder.wanted(position), counts, multiples)
-    if abs(reached - ratio) > NEAR:
-        remarks = (
-            *remarks,
-            f"{reached:.1%} of the channels go instead of {ratio:.1%}: nearer is not possible as they are rounded",
-        )
-    return Chosen(choose(groups, counts), remarks)
+    counts = ladder.counts(position)
+    return Chosen(choose(groups, counts), _remarks(groups, ladder, ladder.wanted(position), counts, multiples))
 
 
 def by_macs(

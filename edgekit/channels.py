@@ -74,10 +74,5 @@ def total_macs(costs: Sequence[LayerCost], kept: Mapping[str, float]) -> float:
     return sum(cost.macs * math.prod(cost.shares(kept)) for cost in costs)
 
 
-def total_parameters(costs: Sequence[LayerCost], kept: Mapping[str, float]) -> float:
-    """Parameters of all layers where `kept` is what is left of each group."""
-    return sum(cost.parameters * math.prod(cost.shares(kept)) for cost in costs)
-
-
 def _left(parts: tuple[tuple[str, float], ...], kept: Mapping[str, float]) -> float:
     return 1.0 - sum(share * (1.0 - kept.get(name, 1.0)) for name, share in parts)

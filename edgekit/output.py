@@ -63,7 +63,7 @@ def staged_folder(final: Path, *, marker: str, what: str) -> Iterator[Path]:
 
 @contextmanager
 def replaced_files(folder: Path, marker: str) -> Iterator[Path]:
-    """A temporary folder whose files move into `folder` together when the block ends well; other files there stay.
+    """A temporary folder whose files and folders move into `folder` together when the block ends well; what else is there stays.
 
     The file `marker` says that the set is complete: it goes first and comes back last, so that an interruption in between leaves
     nothing rather than a mixture.
@@ -75,6 +75,8 @@ def replaced_files(folder: Path, marker: str) -> Iterator[Path]:
         yield stage
         (folder / marker).unlink(missing_ok=True)
         for file in sorted(stage.iterdir(), key=lambda file: file.name == marker):
+            if (folder / file.name).is_dir():
+                shutil.rmtree(folder / file.name)
             file.replace(folder / file.name)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from edgekit.channels import LayerCost, total_macs, total_parameters
+from edgekit.channels import LayerCost
 from edgekit.toml_file import Table
 
 CRITERIA = ("l1", "l2", "bn", "taylor", "hessian", "random", "fpgm")
@@ -70,13 +70,27 @@ class Prune(Table):
             raise ValueError(f"speedup is {self.speedup!r}; expected TIMES@TARGET, such as 2.0@x86-openvino")
         if self.latency is not None and not _LATENCY.fullmatch(self.latency):
             raise ValueError(f"latency is {self.latency!r}; expected TIME@TARGET, such as 3ms@x86-openvino")
-        if isinstance(self.criterion, str) and self.criterion not in CRITERIA:
-            raise ValueError(f"criterion is {self.criterion!r}; known: {', '.join(CRITERIA)}")
+        known = self.criterion in CRITERIA if isinstance(self.criterion, str) else callable(self.criterion)
+        if not known:
+            raise ValueError(f"criterion is {self.criterion!r}; known: {', '.join(CRITERIA)}, or a function")
         if not _SCHEDULE.fullmatch(self.schedule):
             raise ValueError(
                 f"schedule is {self.schedule!r}; expected {ONE_SHOT}, {ITERATIVE}:N, {DURING} or {SCRATCH}"
             )
+        if self.sparsity is not None:
+            self._check_sparsity()
+        if not self.recover and self.schedule in (DURING, SCRATCH):
+            raise ValueError(
+                f"schedule is {self.schedule!r}, which is training, and recover is false: drop one of them"
+            )
         return self
+
+    def _check_sparsity(self) -> None:
+        """Single weights go by magnitude, at once or during training: what else is asked for would be ignored."""
+        if self.schedule not in (ONE_SHOT, DURING):
+            raise ValueError(f"sparsity is for the schedules {ONE_SHOT} and {DURING}; found {self.schedule!r}")
+        for name in {"criterion", "round_to"} & self.model_fields_set:
+            raise ValueError(f"{name} is for channels; with sparsity single weights go by magnitude: leave it out")
 
     @property
     def rounds(self) -> int:
@@ -175,11 +189,3 @@ def pruned_layers(
         if after != old.channels:
             macs = old.macs, round(cost.macs * inputs * outputs)
             yield PrunedLayer(name=cost.name, before=old.channels, after=after, macs=macs)
-
-
-def totals(
-    first: Sequence[LayerCost], last: Sequence[LayerCost], left: Mapping[str, float]
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """MACs and parameters of all layers, before and after; arguments as of `pruned_layers`."""
-    macs = round(total_macs(first, {})), round(total_macs(last, left))
-    return macs, (round(total_parameters(first, {})), round(total_parameters(last, left)))

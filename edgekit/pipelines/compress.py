@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +28,7 @@ from edgekit.metric import Evaluate, Runner, open_metric
 from edgekit.output import check_folder, replaced_files, sha256, write_text
 from edgekit.pictures import draw, why_none
 from edgekit.pipelines.decision import Decision, bound, decision_notes, metric_decision, open_decision, settle
-from edgekit.pipelines.finetune import Tuning
+from edgekit.pipelines.finetune import Tuning, check_together
 from edgekit.pipelines.floor import Goal, changed_answer, lift_notes, look_at_worst, make_goal, meet
 from edgekit.pipelines.floor import explain as measure_layers
 from edgekit.pipelines.quantize import Calibrating, quantize
@@ -50,6 +51,7 @@ from edgekit.records import (
     COMPRESSED,
     HELD_BACK,
     MODEL,
+    PRUNED,
     Compressed,
     LayerRecord,
     LayerSensitivity,
@@ -158,12 +160,14 @@ def compress(
     """
     out, rules = Path(out), _rules(target)
     check_folder(out, marker=COMPRESSED, what="an edgekit output folder")
-    proxy = _judge(proxy, evaluate, method, finetune, asked=search or explain or max_drop is not None)
+    asked = search or explain or max_drop is not None or prune is not None
+    proxy = _judge(proxy, evaluate, method, finetune, asked=asked)
     judged = evaluate is None and proxy != NONE
     plan = make_plan(out, search=search, seed=seed, time_budget=time_budget, max_drop=max_drop, judged=judged)
     budget = plan.budget_s if plan else time_budget
     goal = make_goal(str(max_drop), budget, out, has_metric=evaluate is not None) if max_drop is not None else None
     given = _Given(source, calibration, model, samples, preprocess, trust_checkpoint, input_shape)
+    check_together(finetune, prune)
     tuning = None
     if finetune or prune:
         tuning = Tuning(finetune, prune, rules, method, samples, evaluate, preprocess, out, on_progress)
@@ -241,7 +245,7 @@ def _judge(proxy: str, evaluate: object, method: Method, finetune: Finetune | No
     trained = finetune is not None and finetune.qat
     if method.dequantize and (asked or trained or method != Method(dequantize=True)):
         raise TargetError(
-            "--dequantize gives the float model and quantizes nothing: drop what says how to quantize, or how good that must be; "
+            "--dequantize gives the float model and changes nothing: drop what says how to quantize or prune, or how good that must be; "
             "the float model can be compressed like any other"
         )
     if method.has_binary and not trained:
@@ -285,10 +289,12 @@ def _write(out: Path, graph: ir.Model, verifying: Arrays, record: Compressed, tu
     with replaced_files(out, COMPRESSED) as stage:
         save_annotated(graph, stage / MODEL)
         save_arrays(stage / HELD_BACK, verifying)
-        record = record.model_copy(update={"model_sha256": sha256(stage / MODEL)})
+        remark = tuning.store(stage / PRUNED) if tuning else ""
+        notes = (*record.notes, *([remark] if remark else []))
+        record = record.model_copy(update={"model_sha256": sha256(stage / MODEL), "notes": notes})
         write_text(stage / COMPRESSED, json.dumps(record.model_dump(mode="json"), indent=2) + "\n")
-    if tuning:
-        tuning.store()
+    if record.pruned is None:
+        shutil.rmtree(out / PRUNED, ignore_errors=True)  # of another model
     forget(out, record.searched)
     draw(out, record)
     write_report(out)

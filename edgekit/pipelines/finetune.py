@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +11,7 @@ from typing import Any
 import onnx_ir as ir
 
 from edgekit.data import Dataset, Preprocess, example_arrays
-from edgekit.errors import SourceError
+from edgekit.errors import DataError, SourceError
 from edgekit.finetune import Finetune, Finetuned
 from edgekit.method import Method
 from edgekit.metric import open_metric
@@ -21,8 +20,20 @@ from edgekit.pipelines.pruning import PruneJob, prune_module, recovering
 from edgekit.pipelines.sources import inputs_of
 from edgekit.progress import Progress
 from edgekit.pruning import Prune, Pruned
-from edgekit.records import PRUNED, Source
+from edgekit.records import Source
 from edgekit.target import Target
+
+
+def check_together(plan: Finetune | None, prune: Prune | None) -> None:
+    """Refuse training that pruning would leave no place for.
+
+    Raises:
+        DataError: `plan` describes training in float, and `prune` asks for none.
+    """
+    if plan is not None and prune is not None and not prune.recover and not plan.qat:
+        raise DataError(
+            "training is described, and recover is false after pruning: nothing would be trained; drop one of them"
+        )
 
 
 @dataclass(slots=True)
@@ -36,7 +47,7 @@ class Tuning:
         evaluate: the metric, as `compress` takes it.
         out: the output folder; checkpoints and curves go into hidden ones beside it.
         found, pruned: what training and pruning came to, once they are over.
-        kept: the folder that holds the pruned module, in float, until it is stored.
+        kept: the pruned module, in float, and samples of its inputs.
     """
 
     plan: Finetune | None
@@ -50,7 +61,7 @@ class Tuning:
     on_progress: Progress
     found: Finetuned | None = None
     pruned: Pruned | None = None
-    kept: Path | None = None
+    kept: tuple[Any, Any] | None = None
 
     def train(self, calibration: Dataset, module: Any, origin: Source) -> Any:
         """The module, cut and trained as asked.
@@ -74,7 +85,7 @@ class Tuning:
                 self.on_progress,
             )
             module, masks, self.pruned = prune_module(job, module)
-            self._keep(module, arrays)
+            self.kept = module, arrays
         if self.plan is not None and (self.prune is None or self.plan.qat):
             module, self.found = tune(module, self.plan, "", masks, False)
         return module
@@ -131,21 +142,15 @@ class Tuning:
         data = open_data_for(recovery, module, arrays, self.preprocess, self.on_progress)
         return first_batches(data, recovery, count)
 
-    def _keep(self, module: Any, arrays: Any) -> None:
-        """Write the pruned module down, beside the output folder until that is written."""
+    def store(self, folder: Path) -> str:
+        """Write the pruned module down, for `edgekit.load`; returns why that was not possible, or nothing."""
+        if self.kept is None or self.pruned is None:
+            return ""
         from edgekit.training.stored import save_module
 
-        assert self.pruned is not None, "it was pruned"
-        folder = self.out.parent / f".{self.out.name}.{PRUNED}"
+        module, arrays = self.kept
         try:
             save_module(module, folder, arrays, structure=self.pruned.model_dump(mode="json"))
-            self.kept = folder
         except SourceError as error:
-            remarks = (*self.pruned.remarks, f"the pruned module is not kept beside the model: {error}")
-            self.pruned = self.pruned.model_copy(update={"remarks": remarks})
-
-    def store(self) -> None:
-        """Move the pruned module into the output folder, for `edgekit.load`."""
-        shutil.rmtree(self.out / PRUNED, ignore_errors=True)
-        if self.kept is not None:
-            self.kept.rename(self.out / PRUNED)
+            return f"the pruned module is not kept beside the model: {error}"
+        return ""

@@ -9,16 +9,17 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgekit.channels import Choice, kept_shares
+from edgekit.channels import Choice, kept_shares, total_macs
 from edgekit.errors import GraphError, SourceError
 from edgekit.graph.channel_groups import Channels, channel_groups
 from edgekit.graph.equal import prove_equal
+from edgekit.graph.operators import layers
 from edgekit.passes.prune_channels import masked, prune_channels
 from edgekit.pipelines.prune_timing import Timing
 from edgekit.pipelines.pruning import Amount, times
 from edgekit.pipelines.remarks import listed
 from edgekit.progress import Progress
-from edgekit.pruning import ONE_SHOT, Prune, Pruned, pruned_layers, totals
+from edgekit.pruning import ONE_SHOT, Prune, Pruned, pruned_layers
 from edgekit.target import Target
 
 Arrays = dict[str, NDArray[np.generic]]
@@ -60,16 +61,19 @@ def prune_graph(
     pruned = prune_channels(model, channels, chosen.choice)
     prove_equal(masked(model, channels, chosen.choice), pruned, examples)
     left = kept_shares(channels.groups, chosen.choice)
-    macs, parameters = totals(channels.costs, channels.costs, left)
     record = Pruned(
         summary=plan.summary,
         layers=tuple(pruned_layers(channels.costs, channels.costs, left)),
-        macs=macs,
-        parameters=parameters,
+        macs=(round(total_macs(channels.costs, {})), round(total_macs(channels.costs, left))),
+        parameters=(_parameters(model), _parameters(pruned)),
         **(times(timing) if timing else {}),
         remarks=(*chosen.remarks, *_told(channels)),
     )
     return pruned, record
+
+
+def _parameters(model: ir.Model) -> int:
+    return sum(layer.parameters for layer in layers(model))
 
 
 def _told(channels: Channels) -> tuple[str, ...]:

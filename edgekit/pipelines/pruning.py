@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgekit.channel_choice import Chosen, by_macs, by_ratio
-from edgekit.channels import Group, LayerCost, total_macs
+from edgekit.channels import Group, LayerCost, kept_shares, total_macs
 from edgekit.distillation import Distillation
 from edgekit.finetune import Finetune, Finetuned
 from edgekit.pipelines.prune_timing import Timing, TorchModel, multiples_for
@@ -19,6 +19,8 @@ from edgekit.pruning import DURING, SCRATCH, Prune, Pruned
 from edgekit.schedule import Schedule
 from edgekit.target import Pruning, Target
 
+NEAR = 0.02
+"""Of all channels or multiply-accumulates: what is missed by less is not told."""
 GRADIENT_BATCHES = 8
 """Of the training data, for criteria that need gradients."""
 
@@ -68,8 +70,10 @@ def recovering(plan: Finetune | None, prune: Prune, teacher: Any) -> Finetune:
     """How what was cut is trained: as is asked for, but in float, and from the unpruned model where nobody else teaches."""
     plan = plan or Finetune()
     update: dict[str, Any] = {"qat": False}
-    if plan.teacher is None and prune.schedule != SCRATCH:
-        update |= {"teacher": teacher, "distill": plan.distill or Distillation()}
+    if plan.teacher is None:
+        update["teacher"] = teacher
+        if prune.schedule != SCRATCH:  # which has its own labels to learn from, if there are any
+            update["distill"] = plan.distill or Distillation()
     return plan.model_copy(update=update)
 
 
@@ -117,13 +121,15 @@ def _cut(job: PruneJob, module: Any, before: float | None) -> tuple[Any, Any, Pr
 
 
 def _sparsified(job: PruneJob, module: Any, before: float | None) -> tuple[Any, Any, Pruned]:
+    from edgekit.training.checkpoint import quiet
     from edgekit.training.prune.sparsity import layer_sparsity, plan_masks, sparsify
 
     plan = job.plan
     gradually = plan.schedule == DURING
     assert plan.sparsity is not None, "the goal"
     make = plan_masks if gradually and plan.recover else sparsify
-    module, trained = copy.deepcopy(module), list[Finetuned]()
+    with quiet():  # torch warns of its own graphs
+        module, trained = copy.deepcopy(module), list[Finetuned]()
     job.on_progress("prune", 0, None)
     masks = make(module, plan.sparsity, scope=plan.scope, ignore=plan.ignore)
     if plan.recover:
@@ -181,16 +187,34 @@ class Amount:
     def choose(self, groups: tuple[Group, ...], costs: tuple[LayerCost, ...], share: float) -> Chosen:
         """What to keep so that a share of all that goes is gone."""
         multiples, scope = multiples_for(self.plan, groups, self.liked), self.plan.scope
+        now = total_macs(costs, {}) if self.plan.macs is not None else _channels(groups, {})
+        self.whole = now if math.isnan(self.whole) else self.whole
+        wanted = 1 - (1 - self._left) * share
+        if wanted * self.whole >= now:
+            return Chosen({})
         if self.plan.macs is not None:
-            now = total_macs(costs, {})
-            self.whole = now if math.isnan(self.whole) else self.whole
-            wanted = (1 - (1 - self.plan.macs) * share) * self.whole / now
-            return by_macs(groups, costs, wanted, scope=scope, multiples=multiples) if wanted < 1 else Chosen({})
+            chosen = by_macs(groups, costs, wanted * self.whole / now, scope=scope, multiples=multiples)
+            reached = total_macs(costs, kept_shares(groups, chosen.choice)) / self.whole
+        else:
+            chosen = by_ratio(groups, 1 - wanted * self.whole / now, scope=scope, multiples=multiples)
+            reached = _channels(groups, kept_shares(groups, chosen.choice)) / self.whole
+        if share < 1 or abs(reached - self._left) <= NEAR:
+            return chosen
+        what = "multiply-accumulates" if self.plan.macs is not None else "channels"
+        missed = f"{reached:.1%} of the {what} stay instead of {self._left:.1%}: nearer is not possible as widths are rounded (--round-to)"
+        return Chosen(chosen.choice, (*chosen.remarks, missed))
+
+    @property
+    def _left(self) -> float:
+        """What is to stay in the end."""
+        if self.plan.macs is not None:
+            return self.plan.macs
         assert self.plan.ratio is not None, "one goal is given"
-        there = sum(group.units * group.width for group in groups)
-        self.whole = there if math.isnan(self.whole) else self.whole
-        ratio = 1 - (1 - self.plan.ratio * share) * self.whole / there
-        return by_ratio(groups, ratio, scope=scope, multiples=multiples) if ratio > 0 else Chosen({})
+        return 1 - self.plan.ratio
+
+
+def _channels(groups: tuple[Group, ...], kept: Mapping[str, float]) -> float:
+    return sum(group.units * group.width * kept.get(group.name, 1.0) for group in groups)
 
 
 def _score(job: PruneJob, prunable: Any) -> None:
@@ -202,4 +226,7 @@ def _score(job: PruneJob, prunable: Any) -> None:
     if criterion in GRADIENTS:
         batches = job.batches(prunable.module, GRADIENT_BATCHES)
         gather_gradients(prunable.module, batches, reaction_or_task(batches[0]), kind=GRADIENTS[criterion])
-    prunable.score(IMPORTANCE[criterion] if isinstance(criterion, str) else criterion)
+    if isinstance(criterion, str):
+        prunable.score(IMPORTANCE[criterion])
+    else:
+        prunable.score(criterion, normalize=True)  # who wrote it had one group in mind

@@ -80,10 +80,12 @@ def load_source(
     from edgekit.training.fake_quant import binarized
 
     module, origin = _load_module(source, path, factory, trust)
-    if tune is not None:
-        module = tune(module, origin)
-    module = binarized(module)
     inputs = inputs_of(example_arrays(dataset, EXAMPLES), module)
+    if tune is not None:
+        export_onnx(module, inputs, opset=opset)  # what cannot be exported is told before hours of training
+        module = binarized(tune(module, origin))
+    else:
+        module = binarized(module)
     model = export_onnx(module, inputs, opset=opset)
     check_export(module, model, inputs)
     return model, origin

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from edgekit.channel_choice import Chosen
-from edgekit.channels import LayerCost, kept_shares
+from edgekit.channels import LayerCost, kept_shares, total_macs
 from edgekit.data.samples import LABELS
 from edgekit.errors import DataError, GoalError
-from edgekit.pruning import DURING, SCRATCH, Prune, PrunedLayer, pruned_layers, totals
+from edgekit.pruning import DURING, SCRATCH, Prune, PrunedLayer, pruned_layers
 from edgekit.schedule import Schedule
 from edgekit.training.distill import task_loss
 from edgekit.training.prune.groups import Examples, Prunable, find_groups
 from edgekit.training.prune.importance import Loss
+from edgekit.training.prune.padding import is_selection
 
 Choose = Callable[[Prunable, float], Chosen]
 """What to keep, so that a share (0 to 1) of all that is to go is gone."""
@@ -33,7 +34,7 @@ class Cutting:
     Attributes:
         module: cut, and recovered where it was to be.
         layers: that lost channels, as they were and as they are.
-        macs, parameters: of all layers, before and after.
+        macs, parameters: of all layers, before and after; shortcuts that choose channels count for nothing.
         remarks: what the user should know.
     """
 
@@ -69,6 +70,7 @@ def prune(
         EdgekitError: see `find_groups`, `choose` and `recover`.
     """
     remarks: dict[str, None] = {}
+    before = _parameters(module)
     first: tuple[LayerCost, ...] = ()
     for number, (share, part) in enumerate(_rounds(plan, schedule)):
         prunable = find_groups(module, examples, ignore=plan.ignore)
@@ -80,12 +82,13 @@ def prune(
         left = kept_shares(groups, chosen.choice)
         remarks |= dict.fromkeys((*prunable.remarks, *chosen.remarks))
         if plan.schedule == SCRATCH:
-            _forget(module)
+            _forget(module, schedule.seed)
         module = recover(module, part, f"round {number + 1}")
     layers = tuple(pruned_layers(first, costs, left))
     if not layers:
         raise GoalError(f"pruning by {plan.summary} cut nothing: {'; '.join(remarks) or 'no channel is left to go'}")
-    return Cutting(module, layers, *totals(first, costs, left), tuple(remarks))
+    macs = round(total_macs(first, {})), round(total_macs(costs, left))
+    return Cutting(module, layers, macs, (before, _parameters(module)), tuple(remarks))
 
 
 def _rounds(plan: Prune, schedule: Schedule) -> Iterator[tuple[float, Schedule]]:
@@ -107,11 +110,19 @@ def _lasting(schedule: Schedule, length: int) -> Schedule:
     return schedule.model_copy(update={"steps" if schedule.steps else "epochs": length})
 
 
-def _forget(module: nn.Module) -> None:
-    """New weights, as each layer begins with."""
-    for child in module.modules():
-        if callable(begin := getattr(child, "reset_parameters", None)):
-            begin()
+def _forget(module: nn.Module, seed: int) -> None:
+    """New weights, as each layer begins with; but for those that were made to choose channels."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for child in module.modules():
+            if not is_selection(child) and callable(begin := getattr(child, "reset_parameters", None)):
+                begin()
+
+
+def _parameters(module: nn.Module) -> int:
+    """How many there are; shortcuts that choose channels have none of their own."""
+    chosen = {id(one.weight) for one in module.modules() if is_selection(one)}
+    return sum(one.numel() for one in module.parameters() if id(one) not in chosen)
 
 
 def reaction_or_task(batch: Mapping[str, Tensor]) -> Loss:

@@ -7,13 +7,14 @@ import difflib
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from edgekit.channels import Choice, Group, LayerCost
-from edgekit.errors import DataError, SourceError
+from edgekit.errors import DataError, EdgekitError, SourceError
 from edgekit.training.checkpoint import evaluating, unwrapped, users_error
 from edgekit.training.forward import Array, Call, as_array, exportable, plain_call
 from edgekit.training.prune.costs import layer_costs
@@ -126,8 +127,7 @@ class Prunable:
         """
         scored = []
         for group in self.groups:
-            found = importance(self.tensors(group.name))
-            scores = np.asarray(torch.as_tensor(found).detach().cpu(), np.float64)
+            scores = _scores(importance, self.tensors(group.name))
             if scores.shape != (group.units,) or not np.isfinite(scores).all():
                 wrong = "numbers that are not finite" if scores.shape == (group.units,) else f"shape {scores.shape}"
                 raise DataError(
@@ -170,6 +170,16 @@ class Prunable:
         return self.module
 
 
+def _scores(importance: Importance, group: TensorGroup) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """What a criterion, which may be the user's, says of a group."""
+    try:
+        return np.asarray(torch.as_tensor(importance(group)).detach().cpu(), np.float64)
+    except EdgekitError:
+        raise
+    except Exception as error:  # whatever the user's code raises, or returns
+        raise DataError(f"the importance of group {group.name!r} failed: {users_error(error)}") from error
+
+
 def find_groups(module: nn.Module, example_inputs: Examples, *, ignore: Sequence[str] = ()) -> Prunable:
     """Make a copy of a module prunable. The module itself stays as it is.
 
@@ -187,6 +197,13 @@ def find_groups(module: nn.Module, example_inputs: Examples, *, ignore: Sequence
         SourceError: the module does not run on the examples, cannot be followed, has nothing to cut, or no layer that a pattern
             matches.
     """
+    if isinstance(module, fx.GraphModule) and any(
+        isinstance(node.target, torch._ops.OpOverload) for node in module.graph.nodes
+    ):
+        raise SourceError(
+            "channels can be cut of a module that has its layers as modules, and this one is a graph (a .pt2, what edgekit.load or "
+            "prepare_qat gave): prune the module that it was made of, with --model, or single weights with --sparsity"
+        )
     module = exportable(unwrapped(module))
     call = plain_call(module, _few(example_inputs))
     prunable = _copied(module)
