@@ -18,12 +18,15 @@ from edgekit.data import Preprocess
 from edgekit.errors import SourceError
 from edgekit.finetune import Finetune
 from edgekit.graph.io import load_annotated, save_onnx
-from edgekit.method import Method
+from edgekit.method import LayerMethod, Method
+from edgekit.proxy import NONE
 from edgekit.pruning import Prune, Pruned
 from edgekit.records import MODEL
 from edgekit.reference import resolve_reference
 
 FLOAT = "f32"
+NOTHING = Method(layers=(LayerMethod(match="*", precision="float"),))
+"""Is quantized."""
 RUNTIMES = ("x86-onnxruntime", "x86-openvino")
 
 
@@ -60,11 +63,12 @@ class Shape:
             calibration=self.calibration,
             samples=self.samples,
             preprocess=self.preprocess,
-            method=Method(dequantize=True),
+            method=NOTHING,
             prune=prune,
             finetune=finetune,
             evaluate=evaluate,
             target=target,
+            proxy=NONE,
         ).record.pruned
 
 

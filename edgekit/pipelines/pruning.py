@@ -72,8 +72,8 @@ def recovering(plan: Finetune | None, prune: Prune, teacher: Any) -> Finetune:
     update: dict[str, Any] = {"qat": False}
     if plan.teacher is None:
         update["teacher"] = teacher
-        if prune.schedule != SCRATCH:  # which has its own labels to learn from, if there are any
-            update["distill"] = plan.distill or Distillation()
+        labels_alone = prune.schedule == SCRATCH if plan.distill is None else plan.distill.hard == 1
+        update["distill"] = None if labels_alone else plan.distill or Distillation()
     return plan.model_copy(update=update)
 
 

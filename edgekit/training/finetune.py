@@ -30,6 +30,7 @@ from edgekit.training.forward import named_tensors
 from edgekit.training.loop import Trained, train
 from edgekit.training.prune.sparsity import Masks
 from edgekit.training.qat import TRACED_WITH, prepare_qat
+from edgekit.training.resume import digest
 from edgekit.training.taps import match_layers
 from edgekit.training.teacher import Distiller, open_distiller
 from edgekit.training.train_data import open_train_data
@@ -65,7 +66,7 @@ def finetune(
         preprocess: for images of the training data.
         metric: gives a number for a runner of arrays by name, higher is better; None without `--evaluate`.
         folder: for checkpoints and curves.
-        key: stands for where the module came from: another one does not go on from its checkpoints.
+        key: stands for what is done besides: with another one, or another module, no run goes on from these checkpoints.
         masks: of weights that stay zero.
         gradually: these become zero over the first half of the steps.
 
@@ -103,7 +104,8 @@ def finetune(
             evaluate=measure,
             on_step=on_step,
             on_progress=on_progress,
-            key=key,
+            key=f"{key} {digest(module)}",
+            replaces=True,
         )
     if masks is not None:
         masks.enforce(student)

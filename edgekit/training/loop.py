@@ -85,6 +85,7 @@ def train(
     metric_name: str = "metric",
     key: str = "",
     restart: bool = False,
+    replaces: bool = False,
 ) -> Trained:
     """Train a module in place, on the devices that `accelerate launch` chose or the best one here.
 
@@ -108,6 +109,7 @@ def train(
         metric_name: for curves and tables.
         key: what else must be the same for a run to go on, such as a digest of the checkpoint that the module came from.
         restart: remove the checkpoints in `folder` and begin anew.
+        replaces: remove those of another run that has finished, instead of refusing.
 
     Raises:
         DataError: the data or the loss does not fit; patience without a metric.
@@ -122,7 +124,7 @@ def train(
     batches = data if isinstance(data, TrainData) else open_train_data(data, module)
     share, per_epoch, total = _extent(batches, schedule, accelerator.process_index, accelerator.num_processes)
     modules = (module, *extra)
-    checkpoints = Checkpoints(folder, _key(schedule, batches, modules, key, share))
+    checkpoints = Checkpoints(folder, _key(schedule, batches, modules, key, share), replaces=replaces)
     with ExitStack() as stack:
         stack.enter_context(_placed(modules, teacher, accelerator.device))
         stack.enter_context(_seeded(schedule.seed + share.process, accelerator.device))

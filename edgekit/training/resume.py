@@ -70,10 +70,11 @@ class Saved:
 class Checkpoints:
     """The checkpoints in a folder, `step-00000200` and so on, of one training run."""
 
-    def __init__(self, folder: Path, key: Key) -> None:
-        """Nothing is read or written yet."""
+    def __init__(self, folder: Path, key: Key, *, replaces: bool = False) -> None:
+        """Nothing is read or written yet. `replaces`: another run's that has finished make room."""
         self.key = key
         self._folder = folder
+        self._replaces = replaces
 
     def newest(self) -> Saved | None:
         """The newest checkpoint that can be read; None when there is none.
@@ -86,6 +87,9 @@ class Checkpoints:
         for path in sorted(self._folder.glob(STEPS), reverse=True):
             try:
                 record = Record.model_validate_json((path / RECORD).read_bytes())
+                if self._replaces and record.finished and record.key != self.key:
+                    self.clear()
+                    return None
                 self._check_key(record, path)
                 state = torch.load(path / STATE, map_location="cpu", weights_only=True)
             except UNREADABLE:
@@ -142,6 +146,16 @@ def fingerprint(modules: Sequence[nn.Module]) -> str:
         for name, tensor in (*module.named_parameters(), *module.named_buffers())
     ]
     return sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def digest(module: nn.Module) -> str:
+    """A digest of all numbers in a module's parameters and buffers."""
+    found = sha256()
+    for _, tensor in sorted((*module.named_parameters(), *module.named_buffers()), key=lambda pair: pair[0]):
+        found.update(
+            tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+        )
+    return found.hexdigest()[:16]
 
 
 def module_state(module: nn.Module) -> dict[str, Any]:
