@@ -22,6 +22,7 @@ from torch import nn
 
 import edgekit
 from edgekit.data import open_data
+from edgekit.distillation import Distillation
 from edgekit.finetune import Finetune
 from edgekit.graph.run import Session
 from edgekit.method import Method
@@ -41,9 +42,11 @@ TARGETS = ("x86-onnxruntime", "x86-openvino")
 SYMMETRIC = "cuda-tensorrt"
 """It takes symmetric grids only, which have to be trained for it."""
 CALIBRATION = 512
-FLOAT = Schedule(epochs=EPOCHS, optimizer="sgd", learning_rate=0.01, batch_size=128, track="none", save_every=0)
+FLOAT = Schedule(
+    epochs=EPOCHS, optimizer="sgd", learning_rate=0.01, batch_size=128, track="none", save_every=0, clip_norm=0
+)
 QAT8 = FLOAT.model_copy(update={"learning_rate": 1e-3})
-QAT4 = FLOAT.model_copy(update={"learning_rate": 3e-3})
+QAT4 = FLOAT.model_copy(update={"learning_rate": 2e-2, "clip_norm": 1.0})
 VARIED = Augment(flip=True, crop=4)
 FOUR = Method(weights="int4", precision="int4")
 MOST_LOST_8, LEAST_4, LEAST_WON_4 = 0.002, 0.850, 0.06
@@ -71,11 +74,16 @@ def resnet20_section(zoo: Path, folder: Path) -> Part:
     runs = [work.ptq("float and PTQ before", start, Method())]
     longer = [work.score(work.fit(start, _seeded(FLOAT, seed), f"float, seed {seed}")) for seed in SEEDS]
     eight = [work.qat(f"W8A8 QAT, seed {seed}", start, Method(), _seeded(QAT8, seed)) for seed in SEEDS]
-    four = [work.qat(f"W4A4 QAT, seed {seed}", start, FOUR, _seeded(QAT4, seed)) for seed in SEEDS]
+    taught = Distillation()
+    four = [
+        work.qat(f"W4A4 QAT, float teaches, seed {seed}", start, FOUR, _seeded(QAT4, seed), distill=taught)
+        for seed in SEEDS
+    ]
+    alone = work.qat("W4A4 QAT, labels alone", start, FOUR, _seeded(QAT4, 0))
     apart = work.qat("W8A8 QAT for TensorRT", start, Method(), _seeded(QAT8, 0), target=SYMMETRIC)
     ptq4 = work.ptq("W4A4 PTQ", start, FOUR)
     free = work.qat("W4A4 QAT, no labels", start, FOUR, _seeded(QAT4, 0), labels=False)
-    runs += [*eight, apart, ptq4, *four, free]
+    runs += [*eight, apart, ptq4, *four, alone, free]
     minutes = (time.monotonic() - begin) / 60
     note = (
         f"The checkpoint scores {work.score(came):.4f} on the 2,000 JPEG test images, {work.score(start):.4f} after {EPOCHS} epochs of "
@@ -172,11 +180,12 @@ class _Work:
         schedule: Schedule,
         *,
         labels: bool = True,
+        distill: Distillation | None = None,
         target: str = "",
     ) -> _Run:
         """While training; without labels on the same images, whose labels the float network's answers stand in for."""
         data: Any = str(self.zoo / resnet20.TRAIN) if labels else self._unlabelled()
-        plan = Finetune(qat=True, data=data, schedule=schedule, augment=VARIED)
+        plan = Finetune(qat=True, data=data, schedule=schedule, augment=VARIED, distill=distill)
         return self._made(label, module, method, plan, target)
 
     def _unlabelled(self) -> dict[str, Any]:

@@ -70,6 +70,9 @@ class Prune(Table):
             raise ValueError(f"speedup is {self.speedup!r}; expected TIMES@TARGET, such as 2.0@x86-openvino")
         if self.latency is not None and not _LATENCY.fullmatch(self.latency):
             raise ValueError(f"latency is {self.latency!r}; expected TIME@TARGET, such as 3ms@x86-openvino")
+        if self.timed is not None and self.timed[1] <= (1 if self.speedup is not None else 0):
+            asked = self.speedup or self.latency
+            raise ValueError(f"{asked!r} asks for no cut; expected a speed-up above 1, or a time above 0")
         known = self.criterion in CRITERIA if isinstance(self.criterion, str) else callable(self.criterion)
         if not known:
             raise ValueError(f"criterion is {self.criterion!r}; known: {', '.join(CRITERIA)}, or a function")

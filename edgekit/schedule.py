@@ -72,7 +72,7 @@ class Schedule(Table):
     decay: Literal["cosine", "step", "constant"] = "cosine"
     warm_up: NotNegative = 0.05
     batch_size: AtLeastOne = 64
-    clip_norm: NotNegative = 0.0
+    clip_norm: NotNegative = 1.0
     accumulate: AtLeastOne = 1
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

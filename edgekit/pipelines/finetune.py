@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -73,7 +74,7 @@ class Tuning:
         tune = partial(self._tune, arrays, origin)
         masks = None
         if self.prune is not None:
-            recovery = recovering(self.plan, self.prune, module)
+            recovery = recovering(self.plan, self.prune, copy.deepcopy(module))  # a teacher is frozen
             job = PruneJob(
                 self.prune,
                 recovery,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,21 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from edgekit.allocation import meet_goal
+from edgekit.allocation import Reached, meet_goal
 from edgekit.backend import Artifact, Backend, get_backend
-from edgekit.channel_choice import Chosen, Multiples, fitting_multiples
+from edgekit.channel_choice import (
+    Chosen,
+    Multiples,
+    allowed_counts,
+    fitting_multiples,
+    multiple_of,
+    rounding_remarks,
+)
 from edgekit.channels import Choice, Group, LayerCost
-from edgekit.errors import BackendError
+from edgekit.errors import BackendError, GoalError, TargetError
 from edgekit.frontier import Frontier, widths_to_measure
 from edgekit.graph.io import save_onnx
-from edgekit.latency_table import time_layers
+from edgekit.latency_table import LatencyTable, time_layers
 from edgekit.layer_shape import layer_shapes
 from edgekit.measure import Candidate, Comparison, measure
 from edgekit.pipelines.sources import EXAMPLES, canonicalize, rewrite
@@ -30,7 +37,7 @@ from edgekit.target import Pruning, Target, load_target
 
 BEFORE, AFTER = "unpruned", "pruned"
 FLOAT = "f32"
-BURSTS, BURST_SECONDS = 9, 0.2
+BURSTS, BURST_SECONDS = 7, 0.15
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +64,16 @@ class Timing:
         self.kind, self.value, name = plan.timed
         self.plan, self.cache, self.on_progress = plan, cache, on_progress
         self.rules: Target = load_target(name)
+        if not self.rules.backend:
+            raise TargetError(
+                f"--{self.kind} is to be measured on {name!r}, which has no runtime; name one of `edgekit targets`"
+            )
         self.backend: Backend = get_backend(self.rules.backend)
         available = self.backend.available(self.rules)
         if not available.can_run:
             raise BackendError(f"--{self.kind} is to be measured on {name!r}: {missing(available)}")
         self.found: Timed | None = None
-        self._before: float | None = None
+        self._first: ir.Model | None = None
 
     def choose(self, groups: Sequence[Group], costs: Sequence[LayerCost], share: float, model: Any) -> Chosen:
         """What to keep of a model so that it is as fast as asked, or a `share` of the way there.
@@ -76,12 +87,70 @@ class Timing:
             GoalError: that fast is more than pruning can do; the message says what it can.
         """
         whole = model.graph({})
+        first = self._first = self._first or whole
         multiples = multiples_for(self.plan, groups, self.rules.pruning)
+        if all(len(allowed_counts(group, multiple_of(multiples, group))) == 1 for group in groups):
+            raise GoalError(
+                f"no layer can lose channels: {'; '.join(rounding_remarks(groups, multiples))}; round to less"
+            )
         feeds = model.sample(whole)
-        sizes = {name: array.shape for name, array in feeds.items()}
-        shapes = layer_shapes(whole, sizes=_symbols(whole, sizes))
+        table = self._table(groups, costs, multiples, whole, feeds)
+        with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
+            before = Candidate(BEFORE, self._built(first, Path(folder) / BEFORE), self.rules)
+            now = None if whole is first else self._against(before, whole, Path(folder) / "now", feeds)
+            base = self._compare([before], feeds).timings[0].median_ms
+            total = base if now is None else base / now.speedup
+            frontier = Frontier(groups, costs, table.time, total_ms=total, multiples=multiples)
+            results: dict[float, Timed] = {}
+
+            def tried(choice: Choice) -> float:
+                one = self._against(before, model.graph(choice), Path(folder) / f"{AFTER}-{len(results)}", feeds)
+                self.on_progress(f"prune: {one.speedup:.2f}x as fast on {self.rules.name}", len(results), None)
+                # Both drift alike: the ratio is what counts where a ratio was asked for.
+                ms = base / one.speedup if self.kind == "speedup" else one.ms
+                results[ms] = one
+                return ms
+
+            reached = self._met(frontier, tried, self._goal(base, share), results)
+        self.found = results[reached.measured_ms]
+        return Chosen(reached.choice, (*reached.remarks, *table.remarks))
+
+    def _goal(self, base: float, share: float) -> float:
+        """The time (ms) that is to be reached, a share of the way from that of the model as it came."""
+        if self.kind == "speedup":
+            return base / (1 + (self.value - 1) * share)
+        if base <= self.value:
+            raise GoalError(
+                f"the model takes {base:.3f} ms on {self.rules.name} as it came, and {self.value:g} ms are asked for: nothing is to be cut"
+            )
+        return base + (self.value - base) * share
+
+    def _met(
+        self, frontier: Frontier, tried: Callable[[Choice], float], goal: float, results: dict[float, Timed]
+    ) -> Reached:
+        try:
+            return meet_goal(frontier, tried, goal)
+        except GoalError as error:
+            if self.kind != "speedup" or not results:
+                raise
+            best = max(one.speedup for one in results.values())
+            raise GoalError(
+                f"{self.value:g}x is asked for on {self.rules.name}, and {best:.2f}x is the most that was measured with as few channels as "
+                "pruning these layers can keep; ask for less, ignore fewer layers, or round to less"
+            ) from error
+
+    def _table(
+        self,
+        groups: Sequence[Group],
+        costs: Sequence[LayerCost],
+        multiples: Multiples,
+        whole: ir.Model,
+        feeds: dict[str, Any],
+    ) -> LatencyTable:
+        """The times of the model's layers with some of their channels."""
+        shapes = layer_shapes(whole, sizes=_symbols(whole, {name: array.shape for name, array in feeds.items()}))
         widths = widths_to_measure(groups, costs, multiples)
-        table = time_layers(
+        return time_layers(
             shapes,
             {name: widths[name] for name in shapes if name in widths},
             self.rules,
@@ -89,30 +158,11 @@ class Timing:
             cache=self.cache,
             on_progress=self.on_progress,
         )
-        with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
-            before = self._built(whole, Path(folder) / BEFORE)
-            total = self._compare([Candidate(BEFORE, before, self.rules)], feeds).timings[0].median_ms
-            frontier = Frontier(groups, costs, table.time, total_ms=total, multiples=multiples)
-            goal = (
-                total / (1 + (self.value - 1) * share)
-                if self.kind == "speedup"
-                else total + (self.value - total) * share
-            )
 
-            def tried(choice: Choice) -> float:
-                cut = self._built(model.graph(choice), Path(folder) / f"{AFTER}-{len(results)}")
-                pair = [Candidate(BEFORE, before, self.rules), Candidate(AFTER, cut, self.rules)]
-                results.append(_timed(self._compare(pair, feeds)))
-                self.on_progress(f"prune: {results[-1].speedup:.2f}x as fast on {self.rules.name}", len(results), None)
-                # Both drift alike: the ratio is what counts where a ratio was asked for.
-                return total / results[-1].speedup if self.kind == "speedup" else results[-1].ms
-
-            results: list[Timed] = []
-            reached = meet_goal(frontier, tried, goal)
-        self.found = next(
-            one for one in results if reached.measured_ms == (total / one.speedup if self.kind == "speedup" else one.ms)
-        )
-        return Chosen(reached.choice, (*reached.remarks, *table.remarks))
+    def _against(self, before: Candidate, graph: ir.Model, folder: Path, feeds: dict[str, Any]) -> Timed:
+        found = self._compare([before, Candidate(AFTER, self._built(graph, folder), self.rules)], feeds)
+        ratio = found.ratios[AFTER]
+        return Timed(ratio.median, ratio.ci_low, ratio.ci_high, found.timings[1].median_ms)
 
     def _built(self, graph: ir.Model, folder: Path) -> Artifact:
         folder.mkdir()
@@ -129,11 +179,6 @@ class Timing:
 def multiples_for(plan: Prune, groups: Sequence[Group], liked: Pruning) -> Multiples:
     """What numbers of channels are rounded to."""
     return fitting_multiples(groups, liked.channels) if plan.round_to == "auto" else plan.round_to
-
-
-def _timed(found: Comparison) -> Timed:
-    ratio = found.ratios[AFTER]
-    return Timed(ratio.median, ratio.ci_low, ratio.ci_high, found.timings[1].median_ms)
 
 
 def _symbols(model: ir.Model, sizes: dict[str, tuple[int, ...]]) -> dict[str, int]:
