@@ -126,9 +126,20 @@ def _parameters(module: nn.Module) -> int:
 
 
 def reaction_or_task(batch: Mapping[str, Tensor]) -> Loss:
-    """What gradients are taken of: the loss on labels, or without labels how strongly the outputs react, their mean square."""
+    """What gradients are taken of: the loss on labels or, without labels, how far the outputs move.
+
+    For that each output counts with a random sign: the expected square of a weight's gradient is then the sum over all outputs of
+    the squares of theirs.
+    """
     if LABELS in batch:
         return lambda outputs, labelled: task_loss(outputs, {}, labelled)
-    return lambda outputs, _: torch.stack(
-        [out.float().square().mean() for out in outputs.values() if out.is_floating_point()]
-    ).sum()
+    signs = torch.Generator().manual_seed(0)
+
+    def moved(outputs: Mapping[str, Tensor], _: Mapping[str, Tensor]) -> Tensor:
+        floats = [one.float() for one in outputs.values() if one.is_floating_point()]
+        drawn = [torch.randint(0, 2, one.shape, generator=signs).to(one) * 2 - 1 for one in floats]
+        return torch.stack(
+            [(one * sign).flatten(1).sum(1).mean() for one, sign in zip(floats, drawn, strict=True)]
+        ).sum()
+
+    return moved
