@@ -19,6 +19,7 @@ from edgekit.graph.io import load_onnx
 from edgekit.graph.magnitudes import mark_wide, wide_names
 from edgekit.graph.rules import check_operators
 from edgekit.graph.run import Session
+from edgekit.graph.sizes import samples_at_once
 from edgekit.lowering.saturation import saturates_here, with_reduced_range
 from edgekit.metric import Evaluate, Runner, open_metric
 from edgekit.output import sha256, staged_folder, write_text
@@ -200,10 +201,12 @@ def _export_one(
     lifted = None
     if format == "qdq":  # the others take no layer in float
         stored, lifted = settle_target(stored, target, decision, on_progress)
-    batches = _batches(stored)
+    sizes = _batch_sizes(stored)
+    batches = _batches(stored, sizes)
     session = Session(stored.model, optimize=False)
     floats = run_batches(session.run, batches)
-    resized = resize(next(iter(stored.held_back.batches(RESIZED))), stored.held_back.inputs, session)
+    few = next(iter(stored.held_back.batches(min(RESIZED, sizes[1]))))
+    resized = resize(few, stored.held_back.inputs, session)
     target = target.model_copy(update={"graph": target.graph.model_copy(update={"format": format})})
     checked = with_reduced_range(target) if available.can_check and saturates_here(target) else target
     job = Job(
@@ -230,7 +233,7 @@ def _export_one(
         if not problem or len(kept) == MOST_REPAIRS:
             break
         on_progress(f"{target.name}: find the layer that the runtime gets wrong", len(kept), None)
-        guilty = find_guilty(job, slow | frozenset(kept))
+        guilty = find_guilty(job, slow | frozenset(kept), candidate)
         if guilty is None:
             break
         kept = (*kept, guilty)
@@ -240,8 +243,16 @@ def _export_one(
     return _describe(job, stored.record, candidate, kept, placement, metric, decision, notes)
 
 
-def _batches(stored: Stored) -> list[Arrays]:
+def _batch_sizes(stored: Stored) -> tuple[int, int, int]:
+    """`BATCH_SIZES`, smaller where so many samples' activations are too much to hold."""
     few, many, single = BATCH_SIZES
+    first = next(iter(stored.held_back.batches(single)))
+    most = samples_at_once(stored.model, first.feeds, many)
+    return min(few, most), most, single
+
+
+def _batches(stored: Stored, sizes: tuple[int, int, int]) -> list[Arrays]:
+    few, many, single = sizes
     batches = chain(stored.held_back.batches(few, 0, PROVEN_ON), stored.held_back.batches(single, 0, SINGLES))
     return [*(batch.feeds for batch in batches), samples_of_size(stored, many)]
 
