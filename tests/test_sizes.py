@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -98,6 +99,20 @@ def test_an_output_does_not_hold_the_memory_of_the_session_that_made_it() -> Non
     assert all(array.flags.owndata for array in session.run(feeds).values())
     for name, array in session.lend(feeds).items():
         np.testing.assert_array_equal(array, session.run(feeds)[name])
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's account of memory")
+def test_a_session_takes_no_more_for_the_second_run() -> None:
+    build = GraphBuilder(opset=21)
+    x = build.op("Relu", [build.conv(build.input("x", ["n", 1, 512, 512]), "a", 1, 64, kernel=1)], "relu")
+    x = build.conv(build.op("Relu", [build.conv(x, "b", 64, 64, kernel=1)], "again"), "c", 64, 32, kernel=1)
+    model = ir.from_proto(build.proto(build.op("GlobalAveragePool", [x], "pool")))
+    session, feeds, taken = Session(model, optimize=False, threads=1), {"x": normal(1, 1, 512, 512)}, []
+    for _ in range(3):
+        session.run(feeds)
+        taken.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+    assert peak_bytes(model, feeds) == 2 * 64 * 512 * 512 * 4
+    assert taken[2] - taken[0] < 32 << 20  # one activation is 64 MiB
 
 
 def most_running(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -36,6 +36,8 @@ class Session:
         options.intra_op_num_threads = threads
         options.log_severity_level = 4
         options.enable_cpu_mem_arena = not lean
+        # Planned from the second run of a shape on, beside what the first has taken: twice the memory, and no faster.
+        options.enable_mem_pattern = False
         # Or it makes integer kernels of Q/DQ, which saturate on some CPUs, and quantizes more than it is told to.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         # Spinning threads slow whatever works on the results between two runs.

@@ -13,7 +13,7 @@ from onnx_ir.passes import common
 Arrays = Mapping[str, NDArray[np.generic]]
 
 HELD_BYTES = 512 << 20
-"""Of activations that are held at once, where there is a choice. Runtimes take about twice as much for them."""
+"""Of activations that are held at once, where there is a choice."""
 
 
 def value_bytes(model: ir.Model, feeds: Arrays) -> dict[str, int]:

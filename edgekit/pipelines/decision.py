@@ -28,7 +28,7 @@ from edgekit.pipelines.stored import Stored
 from edgekit.progress import Progress
 from edgekit.proxy import AUTO, NONE, Proxy, choose_proxy, count_decisions, in_focus, open_proxy
 from edgekit.records import Metric, ProxyRecord
-from edgekit.sensitivity import LARGEST_DB
+from edgekit.sensitivity import LARGEST_DB, SEGMENTS
 from edgekit.target import Target
 from edgekit.trials import Lifted
 
@@ -206,8 +206,12 @@ def _with_numbers(graph: ir.Model) -> ir.Model | None:
 
 
 def _affordable(graph: ir.Model, rules: Target, sample_s: float, budget_s: float) -> int:
-    """How many samples may tell which layers hurt, in half the time: each layer runs on average half the graph on each."""
-    cost = len(quantized_nodes(graph, rules)) * sample_s / 2
+    """How many samples may tell which layers hurt, in half the time.
+
+    On each sample a layer runs on average half the graph, and each segment of `sensitivity` runs about half of it, once as it is and,
+    not optimized, beside what is on codes.
+    """
+    cost = (len(quantized_nodes(graph, rules)) / 2 + 2 * SEGMENTS) * sample_s
     return max(1, min(RANKED_BY, int(budget_s / 2 / max(cost, 1e-9))))
 
 

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -111,12 +112,13 @@ def export(
     stored = open_stored(Path(out))
     reference = evaluate or stored.record.evaluate
     metric = open_metric(reference, stored.held_back.inputs, preprocess=stored.record.preprocess) if reference else None
+    measured = cache(partial(_measured, stored, judged=metric is None))
     results, failures = [], []
     for target in rules:
         try:
             seconds = time_budget or 0.0 if tune_placement else None
             chosen = format or target.graph.format
-            results.append(_export_to(stored, target, chosen, metric, allow_wrong, seconds, on_progress))
+            results.append(_export_to(stored, target, chosen, metric, measured, allow_wrong, seconds, on_progress))
         except EdgekitError as error:  # the others go on
             failures.append(error)
         write_report(stored.folder)
@@ -131,6 +133,7 @@ def _export_to(
     target: Target,
     format: Format,
     metric: Evaluate | None,
+    measured: Callable[[], _Measured],
     allow_wrong: bool,
     tuning_s: float | None,
     on_progress: Progress,
@@ -140,7 +143,7 @@ def _export_to(
     _check_strangers(final)
     with staged_folder(final, marker=MANIFEST, what="an edgekit export") as folder:
         try:
-            manifest = _export_one(stored, target, format, metric, folder, tuning_s, on_progress)
+            manifest = _export_one(stored, target, format, metric, measured, folder, tuning_s, on_progress)
         except EdgekitError as error:  # runtimes name their file, which lies where nobody will find it
             raise type(error)(str(error).replace(f"{folder}{os.sep}", "")) from error
         if manifest.proof.agrees is False and not allow_wrong:
@@ -185,6 +188,7 @@ def _export_one(
     target: Target,
     format: Format,
     metric: Evaluate | None,
+    measured: Callable[[], _Measured],
     folder: Path,
     tuning_s: float | None,
     on_progress: Progress,
@@ -196,17 +200,10 @@ def _export_one(
     if target.runtime.float_dtype == "float16":
         singles = (batch.feeds for batch in stored.held_back.batches(1))
         stored = replace(stored, model=mark_wide(stored.model, singles))
-    proxied = stored.record.proxy if metric is None else None
-    decision = open_decision(stored.model, stored.held_back, proxied.kind or AUTO) if proxied else None
-    lifted = None
+    expected, lifted = measured(), None
+    decision, resized = expected.decision, expected.resized
     if format == "qdq":  # the others take no layer in float
         stored, lifted = settle_target(stored, target, decision, on_progress)
-    sizes = _batch_sizes(stored)
-    batches = _batches(stored, sizes)
-    session = Session(stored.model, optimize=False)
-    floats = run_batches(session.run, batches)
-    few = next(iter(stored.held_back.batches(min(RESIZED, sizes[1]))))
-    resized = resize(few, stored.held_back.inputs, session)
     target = target.model_copy(update={"graph": target.graph.model_copy(update={"format": format})})
     checked = with_reduced_range(target) if available.can_check and saturates_here(target) else target
     job = Job(
@@ -217,8 +214,8 @@ def _export_one(
         backend,
         available,
         folder,
-        batches,
-        floats,
+        expected.batches,
+        expected.floats,
         resized if resized and resized.feeds else None,
         min(stored.record.held_back, PROVEN_ON),
     )
@@ -239,8 +236,39 @@ def _export_one(
         kept = (*kept, guilty)
     if candidate is None:
         raise BackendError(problem)
-    notes = (*lift_notes(lifted, proxied.name if proxied else ""), *_size_notes(stored, resized, candidate.artifact))
+    proxy = stored.record.proxy
+    notes = (
+        *lift_notes(lifted, proxy.name if decision and proxy else ""),
+        *_size_notes(stored, resized, candidate.artifact),
+    )
     return _describe(job, stored.record, candidate, kept, placement, metric, decision, notes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """What all targets are held against: held-back samples, and what the float model makes of them.
+
+    Attributes:
+        decision: what judges, where no metric does.
+        batches, floats: outputs by batch.
+        resized: see `edgekit.pipelines.resized.resize`.
+    """
+
+    decision: Decision | None
+    batches: Sequence[Arrays]
+    floats: Sequence[Arrays]
+    resized: Resized | None
+
+
+def _measured(stored: Stored, *, judged: bool) -> _Measured:
+    proxied = stored.record.proxy if judged else None
+    decision = open_decision(stored.model, stored.held_back, proxied.kind or AUTO) if proxied else None
+    sizes = _batch_sizes(stored)
+    batches = _batches(stored, sizes)
+    session = Session(stored.model, optimize=False)
+    few = next(iter(stored.held_back.batches(min(RESIZED, sizes[1]))))
+    floats = run_batches(session.run, batches)
+    return _Measured(decision, batches, floats, resize(few, stored.held_back.inputs, session))
 
 
 def _batch_sizes(stored: Stored) -> tuple[int, int, int]:
