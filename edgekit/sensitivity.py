@@ -20,7 +20,7 @@ from edgekit.graph.annotations import all_values
 from edgekit.graph.operators import LINEAR, copy_type, layers
 from edgekit.graph.rules import quantized_nodes
 from edgekit.graph.run import Session
-from edgekit.graph.sizes import HELD_BYTES, in_parts, value_bytes
+from edgekit.graph.sizes import WATCHED_BYTES, in_parts, value_bytes
 from edgekit.lowering.qdq import lower_qdq
 from edgekit.lowering.writer import remove_dead
 from edgekit.metric import Evaluate
@@ -93,7 +93,7 @@ def _segments(nodes: Sequence[ir.Node], sizes: Mapping[str, int]) -> Iterator[li
     size = max(1, -(-len(nodes) // SEGMENTS))
     for start in range(0, len(nodes), size):
         by_name = {node.outputs[0].name or "": node for node in nodes[start : start + size]}
-        for part in in_parts(by_name, sizes, HELD_BYTES // 2):  # beside them there is what the rest of the graph reads
+        for part in in_parts(by_name, sizes, WATCHED_BYTES):
             yield [by_name[name] for name in part]
 
 

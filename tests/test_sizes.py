@@ -144,7 +144,7 @@ def test_of_large_samples_fewer_are_observed_at_once(monkeypatch: pytest.MonkeyP
     one = peak_bytes(model, samples(model, 1), [value.name or "" for value in values])
     for limit, expected in ((2 * one, 2), (one, 1), (1, 1)):
         most[0] = 0
-        monkeypatch.setattr("edgekit.calibration.observe.HELD_BYTES", limit)
+        monkeypatch.setattr("edgekit.calibration.observe.WATCHED_BYTES", limit)
         found = observe(model, values, batches, threads=4, on_batch=None)
         assert most[0] == expected
         for value in values:
@@ -154,8 +154,8 @@ def test_of_large_samples_fewer_are_observed_at_once(monkeypatch: pytest.MonkeyP
 @pytest.fixture
 def little(monkeypatch: pytest.MonkeyPatch) -> None:
     """Room for a few small activations only."""
-    for module in ("graph.probe", "graph.sizes", "calibration.observe", "sensitivity"):
-        monkeypatch.setattr(f"edgekit.{module}.HELD_BYTES", 30_000)
+    for module in ("graph.probe", "calibration.observe", "sensitivity"):
+        monkeypatch.setattr(f"edgekit.{module}.WATCHED_BYTES", 30_000)
     monkeypatch.setattr(Probe.__init__, "__kwdefaults__", {"threads": 0, "most_bytes": 30_000})
 
 
@@ -204,5 +204,5 @@ def test_a_model_of_large_activations_is_compressed_and_proven_a_few_samples_at_
     edgekit.compress(tmp_path / "large.onnx", tmp_path / "out", calibration={"x": normal(4, 1, 512, 512)}, proxy="none")
     [result] = edgekit.export(tmp_path / "out", "arm-onnxruntime")
     assert result.manifest.proof.agrees is not False
-    assert result.manifest.proof.batch_sizes == (1, 4)
-    assert max(most) == 4
+    assert result.manifest.proof.batch_sizes == (1, 3)
+    assert max(most) == 3

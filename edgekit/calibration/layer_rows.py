@@ -170,8 +170,10 @@ def collect_rows(
             array = sample.real(name, geometry)
             if array is not None and array.size:  # what is selected from a sample may be nothing
                 parts.append((sample.checksum, _see(array, geometry, each * sample.size)))
-    ordered = {key: sorted(parts, key=lambda part: part[0]) for key, parts in found.items() if parts}
-    return {key: _joined([part for _, part in parts]) for key, parts in ordered.items()}
+    for parts in found.values():
+        parts.sort(key=lambda part: part[0])
+    # Taken out one by one, or all rows would be held twice.
+    return {key: _joined([part for _, part in parts]) for key in list(found) if (parts := found.pop(key))}
 
 
 def wished_rows(model: ir.Model, method: Method, batches: Iterable[Batch], *, samples: int) -> Rows:

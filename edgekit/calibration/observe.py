@@ -22,7 +22,7 @@ from edgekit.calibration.padding import padding_mask, without_padding
 from edgekit.data import Batch
 from edgekit.errors import DataError
 from edgekit.graph.probe import Probe
-from edgekit.graph.sizes import HELD_BYTES
+from edgekit.graph.sizes import WATCHED_BYTES
 from edgekit.quant.observers import EVERY, HistogramObserver
 
 Observers = dict[ir.Value, HistogramObserver]
@@ -99,7 +99,7 @@ def observe(
 def _workers(model: ir.Model, values: list[ir.Value], feeds: dict[str, NDArray[np.generic]], threads: int) -> int:
     """How many samples like `feeds` may be under way."""
     held = _probe(model, values, threads=1).bytes_at_once(feeds)
-    return max(1, min(threads, WORKERS, HELD_BYTES // max(1, held)))
+    return max(1, min(threads, WORKERS, WATCHED_BYTES // max(1, held)))
 
 
 def _probe(model: ir.Model, values: list[ir.Value], *, threads: int) -> Probe:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgekit.graph.run import Arrays, Session, with_outputs
-from edgekit.graph.sizes import HELD_BYTES, in_parts, peak_bytes, value_bytes
+from edgekit.graph.sizes import WATCHED_BYTES, in_parts, peak_bytes, value_bytes
 
 
 class Probe:
@@ -28,7 +28,13 @@ class Probe:
     """
 
     def __init__(
-        self, model: ir.Model, names: Sequence[str], *, optimize: bool, threads: int = 0, most_bytes: int = HELD_BYTES
+        self,
+        model: ir.Model,
+        names: Sequence[str],
+        *,
+        optimize: bool,
+        threads: int = 0,
+        most_bytes: int = WATCHED_BYTES,
     ) -> None:
         inputs = {value.name for value in model.graph.inputs}
         self._model, self._optimize, self._threads, self._most_bytes = model, optimize, threads, most_bytes

@@ -12,8 +12,10 @@ from onnx_ir.passes import common
 
 Arrays = Mapping[str, NDArray[np.generic]]
 
-HELD_BYTES = 512 << 20
-"""Of activations that are held at once, where there is a choice."""
+HELD_BYTES = 384 << 20
+"""Of activations that are alive at once, where there is a choice."""
+WATCHED_BYTES = 192 << 20
+"""Of activations that are fetched to be looked at: half of it, because there are the rest of the graph and what is made of them."""
 
 
 def value_bytes(model: ir.Model, feeds: Arrays) -> dict[str, int]:

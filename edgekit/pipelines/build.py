@@ -188,12 +188,16 @@ def find_guilty(job: Job, keep_float: frozenset[str], tried: Candidate | None = 
     Args:
         job: what went wrong.
         keep_float: nodes that are in float already.
-        tried: what was built. One batch is enough to tell right from wrong by, where one shows that something is.
+        tried: what was built; None where the runtime refused that. One batch is enough to tell right from wrong by, where one
+            shows that something is.
     """
     chosen = {*quantized_nodes(job.model, job.target, keep_float=keep_float), *recurrent(job.model.graph)}
     names = [node.name or "" for node in job.model.graph if node in chosen and node.name not in keep_float]
     with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
-        trial = replace(_by_one_batch(job, tried), folder=Path(folder))  # the job's own folder keeps what is exported
+        # The job's own folder keeps what is exported.
+        whole, trial = replace(job, folder=Path(folder)), replace(_by_one_batch(job, tried), folder=Path(folder))
+        if tried is None and not try_build(trial, keep_float)[1]:
+            trial = whole
 
         def agrees(count: int) -> bool:
             return not try_build(trial, keep_float | frozenset(names[count:]))[1]
@@ -208,8 +212,9 @@ def find_guilty(job: Job, keep_float: frozenset[str], tried: Candidate | None = 
 
 
 def _by_one_batch(job: Job, tried: Candidate | None) -> Job:
-    """The job with the smallest batch that shows the fault; with all where none does alone, or the runtime refused the file."""
-    if tried is None or not tried.wrong:
+    """The job with the smallest batch that shows the fault, or of all where the runtime refused the file; as it is where none does."""
+    showing = range(len(job.batches)) if tried is None else tried.wrong
+    if not showing:
         return job
-    index = min(tried.wrong, key=lambda index: _batch_size(job.batches[index]))
+    index = min(showing, key=lambda index: _batch_size(job.batches[index]))
     return replace(job, batches=[job.batches[index]], floats=[job.floats[index]], resized=None)
