@@ -54,6 +54,14 @@ class Floor:
         return {"points": f"{self.value:g}", "dB": f"{self.value:g}dB", "cosine": f"cos{self.value:g}"}[self.kind]
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What a metric says of the float model, and of the quantized one with nothing lifted."""
+
+    of_float: float
+    before: float
+
+
 def parse_floor(text: str) -> Floor:
     """What `--max-drop` says: "0.5" (points of the metric), "30dB" (SQNR of the outputs) or "cos0.999" (their cosine).
 
@@ -81,6 +89,7 @@ def lift(
     ranking: Sequence[str],
     aim: Floor | None = None,
     metric: Evaluate | None = None,
+    known: Known | None = None,
     time_budget_s: float = math.inf,
     state: LiftState | None = None,
     on_trial: Callable[[LiftState], None] | None = None,
@@ -103,6 +112,7 @@ def lift(
         ranking: names of layers, the worst first; see `edgekit.sensitivity.rank`.
         aim: more than the floor, of its kind: gone for, and taken where it needs no more than `WORTH` times as many layers.
         metric: the user's; needed for a floor in points.
+        known: what that says of the float model, and of the model with nothing lifted, where somebody has asked already.
         time_budget_s: seconds.
         state: of an earlier search; what it tried is not tried again, unless the model, the target or the samples are others.
         on_trial: given the state after each trial, to be stored.
@@ -115,15 +125,19 @@ def lift(
     """
     judge = _by_metric(floor, metric) if floor.kind == "points" else _by_outputs(model, floor, batches, threads)
     key = _key(model, target, floor, batches if floor.kind != "points" else ())
-    float_value = judge(Session(model, optimize=True, threads=threads).run) if floor.kind == "points" else None
+    float_value = None
+    if floor.kind == "points":
+        float_value = known.of_float if known else judge(Session(model, optimize=True, threads=threads).run)
     needed = floor.needed(float_value)
-    known = {frozenset(trial.lifted): trial.value for trial in state.trials} if state and state.key == key else {}
+    tried = {frozenset(trial.lifted): trial.value for trial in state.trials} if state and state.key == key else {}
+    if known and not tried:
+        tried[frozenset()] = known.before
 
     def value_of(lifted: frozenset[str]) -> float:
         return judge(Session(lower_qdq(model, target, keep_float=lifted), optimize=True, threads=threads).run)
 
     aimed = max(needed, (aim or floor).needed(float_value))
-    search = _Search(key, value_of, needed, aimed, time_budget_s, on_trial, on_progress, known, _estimate(len(ranking)))
+    search = _Search(key, value_of, needed, aimed, time_budget_s, on_trial, on_progress, tried, _estimate(len(ranking)))
     try:
         search.find(ranking)
         finished = True

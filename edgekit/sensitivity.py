@@ -8,7 +8,7 @@ more than half an inference for each node and batch, and memory does not grow wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +20,7 @@ from edgekit.graph.annotations import all_values
 from edgekit.graph.operators import LINEAR, copy_type, layers
 from edgekit.graph.rules import quantized_nodes
 from edgekit.graph.run import Session
+from edgekit.graph.sizes import WATCHED_BYTES, in_parts, value_bytes
 from edgekit.lowering.qdq import lower_qdq
 from edgekit.lowering.writer import remove_dead
 from edgekit.metric import Evaluate
@@ -31,6 +32,7 @@ Arrays = Mapping[str, NDArray[np.generic]]
 
 SEGMENTS = 6
 LARGEST_DB = 200.0
+AT_ONCE = 1 << 20
 _BESIDE_READERS = {
     "output_q": "when-consumed", "bias": "float", "drop_redundant": (), "pass_through_q": "around", "integer_pad": "never",
 }  # fmt: skip
@@ -66,11 +68,9 @@ def sensitivity(
     lowered = lower_qdq(model, _with_rules(target, _BESIDE_READERS))
     plain, on_codes = _by_name(model.graph), _by_name(lowered.graph)
     nodes = [node for node in quantized_nodes(model, target) if _is_on_codes(on_codes[node.outputs[0].name], plain)]
-    size = max(1, -(-len(nodes) // SEGMENTS))
     costs = {layer.name: layer.macs for layer in layers(model)}
     found: list[LayerSensitivity] = []
-    for start in range(0, len(nodes), size):
-        segment = nodes[start : start + size]
+    for segment in _segments(nodes, value_bytes(model, batches[0])):
         for node, (local, whole) in zip(segment, _alone(model, lowered, segment, batches, focus, threads), strict=True):
             name = node.name or ""
             found.append(
@@ -86,6 +86,15 @@ def sensitivity(
             )
             on_progress("sensitivity", len(found), len(nodes))
     return found
+
+
+def _segments(nodes: Sequence[ir.Node], sizes: Mapping[str, int]) -> Iterator[list[ir.Node]]:
+    """Nodes in order, cut into `SEGMENTS`, or into more where the errors of so many are too large to hold."""
+    size = max(1, -(-len(nodes) // SEGMENTS))
+    for start in range(0, len(nodes), size):
+        by_name = {node.outputs[0].name or "": node for node in nodes[start : start + size]}
+        for part in in_parts(by_name, sizes, WATCHED_BYTES):
+            yield [by_name[name] for name in part]
 
 
 def rank(found: Sequence[LayerSensitivity]) -> list[str]:
@@ -194,17 +203,27 @@ def _alone(
     after = Session(rest, optimize=True, threads=threads)
     noise, signal = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     whole = {name: Fidelity() for name in names}
-    for feeds in batches:
-        made = beside.run(feeds)
+
+    def add(feeds: Arrays) -> None:  # whose arrays are let go of before the next batch runs
+        made = beside.lend(feeds)
         given = dict(feeds) | {_fed(name): made[name] for name in live}
         nothing = {_error(name): np.zeros(1, made[_error(name)].dtype) for name in names}
         expected = focus(after.run(given | nothing))
         for name in names:
-            error = made[_error(name)]
+            error = made.pop(_error(name))
             whole[name].update(focus(after.run(given | nothing | {_error(name): error})), expected)
-            noise[name] += float(np.square(error, dtype=np.float64).sum())
+            noise[name] += _energy(error)
             signal[name] += float(made[_signal(name)])
+
+    for feeds in batches:
+        add(feeds)
     return [(decibels(signal[name], noise[name]), whole[name]) for name in names]
+
+
+def _energy(error: NDArray[np.generic]) -> float:
+    """The sum of squares, some at a time: doubles of a large activation take twice its memory again."""
+    flat = error.reshape(-1)
+    return sum(float(np.square(flat[i : i + AT_ONCE], dtype=np.float64).sum()) for i in range(0, flat.size, AT_ONCE))
 
 
 def _beside(model: ir.Model, lowered: ir.Model, segment: Sequence[ir.Node], live: Sequence[str]) -> ir.Model:

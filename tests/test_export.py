@@ -258,6 +258,23 @@ def test_layers_that_the_runtime_gets_wrong_are_found_and_kept_float(
     assert "WRONG" not in report
 
 
+def test_a_wrong_layer_is_looked_for_with_one_batch_that_shows_it(
+    compressed: Path, numpy_target: NumpyTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[int] = []
+    plain = Worker.run
+
+    def counted(self: Worker, feeds: dict[str, Array]) -> dict[str, Array]:
+        ran.append(len(feeds["image"]))
+        return plain(self, feeds)
+
+    monkeypatch.setattr(Worker, "run", counted)
+    [result] = edgekit.export(compressed, [numpy_target(wrong="block")])
+    assert result.manifest.kept_float == ("block",)
+    whole = [7, 7, 7, 3, 1, 1, 1, 1, 33]
+    assert ran == [*whole, 1, 1, 1, 1, *whole, 50, 46]  # the last two are of the metric
+
+
 @pytest.mark.parametrize(
     "attributes",
     [

@@ -13,7 +13,7 @@ import edgekit
 from edgekit.errors import DataError
 from edgekit.graph.annotations import annotated_values, get_params, set_params
 from edgekit.graph.io import save_onnx
-from edgekit.lift import Floor, keep_float, lift, parse_floor
+from edgekit.lift import Floor, Known, keep_float, lift, parse_floor
 from edgekit.lowering.qdq import lower_qdq
 from edgekit.method import Method
 from edgekit.metric import Evaluate, Runner
@@ -280,3 +280,19 @@ def test_more_than_the_floor_is_taken_where_it_costs_little(model: ir.Model, bat
     assert lifted(floor, aim=Floor("dB", 25)).lifted == ("a2", "c1") == both.lifted
     unreached = lifted(floor, aim=Floor("dB", 150))
     assert unreached.met and len(unreached.lifted) <= 2
+
+
+def test_what_is_known_is_not_asked_again(model: ir.Model, batches: list[dict[str, Array]]) -> None:
+    bad, asked = coarse(model, "c1"), []
+    metric = closeness(model, batches)
+
+    def counted(run: Runner) -> Metric:
+        asked.append(metric(run))
+        return asked[-1]
+
+    whole = lift(bad, PORTABLE, [], Floor("points", 5), ranking=LAYERS, metric=counted, threads=1)
+    first = len(asked)
+    known = Known(of_float=whole.float_value or 0.0, before=whole.before)
+    again = lift(bad, PORTABLE, [], Floor("points", 5), ranking=LAYERS, metric=counted, known=known, threads=1)
+    assert len(asked) - first == first - 2
+    assert again == whole

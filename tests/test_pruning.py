@@ -33,7 +33,7 @@ def refused_there(**given: Any) -> str:
 
 
 def test_one_goal_is_given() -> None:
-    assert refused() == f"none of them: {refused().partition(': ')[2]}" or "found none of them" in refused()
+    assert "found none of them" in refused()
     assert all(goal in refused() for goal in GOALS)
     assert "found ratio and macs" in refused(ratio=0.5, macs=0.5)
     assert "found speedup and sparsity" in refused(speedup="2@x86-openvino", sparsity=0.5)
@@ -69,14 +69,18 @@ def test_goals_in_time_name_their_target(given: dict[str, Any], expected: object
     assert Prune(**given).timed == pytest.approx(expected) if expected is None else Prune(**given).timed == expected
 
 
-@pytest.mark.parametrize("text", ["2", "2.0@", "@x86-openvino", "fast@x86-openvino", "-2@x86-openvino", "2ms@x86-openvino"])
+@pytest.mark.parametrize(
+    "text", ["2", "2.0@", "@x86-openvino", "fast@x86-openvino", "-2@x86-openvino", "2ms@x86-openvino"]
+)
 def test_a_speedup_is_times_at_a_target(text: str) -> None:
     message = refused_there(speedup=text)
     assert repr(text) in message
     assert "2.0@x86-openvino" in message
 
 
-@pytest.mark.parametrize("text", ["3ms", "3@x86-openvino", "3 minutes@x86-openvino", "@x86-openvino", "-3ms@x86-openvino"])
+@pytest.mark.parametrize(
+    "text", ["3ms", "3@x86-openvino", "3 minutes@x86-openvino", "@x86-openvino", "-3ms@x86-openvino"]
+)
 def test_a_latency_is_a_time_at_a_target(text: str) -> None:
     message = refused_there(latency=text)
     assert repr(text) in message
@@ -120,7 +124,9 @@ def test_a_criterion_may_be_a_function() -> None:
     assert Prune(ratio=0.5, criterion=mine).summary == "ratio 0.5, by mine, global, one-shot"
 
 
-@pytest.mark.parametrize("given", [{"criterion": "taylor"}, {"round_to": 8}, {"schedule": "iterative:2"}, {"schedule": "from-scratch"}])
+@pytest.mark.parametrize(
+    "given", [{"criterion": "taylor"}, {"round_to": 8}, {"schedule": "iterative:2"}, {"schedule": "from-scratch"}]
+)
 def test_what_single_weights_would_ignore_is_refused(given: dict[str, Any]) -> None:
     [name] = given
     assert name in refused(sparsity=0.5, **given)
@@ -162,7 +168,7 @@ def test_a_goal_on_the_command_line_replaces_the_recipes(tmp_path: Path) -> None
     [
         ("[prune]\nration = 0.5\n", ("line 2", "did you mean 'ratio'")),
         ("[prune]\nratio = 1.5\n", ("line 2", "ratio")),
-        ('[prune]\nratio = 0.5\nmacs = 0.5\n', ("ratio and macs",)),
+        ("[prune]\nratio = 0.5\nmacs = 0.5\n", ("ratio and macs",)),
         ('[prune]\nsparsity = 0.5\ncriterion = "l1"\n', ("criterion", "sparsity")),
         ("[prune]\nratio = 0.5\ncriterion = 3\n", ("criterion",)),
     ],
@@ -201,7 +207,9 @@ def test_layers_that_lost_channels() -> None:
 
 def test_what_is_told() -> None:
     layer = PrunedLayer(name="a", before=(3, 8), after=(3, 4), macs=(1000, 500))
-    plain = Pruned(summary="ratio 0.5, by l1, global, one-shot", layers=(layer,), macs=(2200, 1300), parameters=(100, 50))
+    plain = Pruned(
+        summary="ratio 0.5, by l1, global, one-shot", layers=(layer,), macs=(2200, 1300), parameters=(100, 50)
+    )
     assert plain.told == (
         "ratio 0.5, by l1, global, one-shot: 1 layers lost channels, MACs 2,200 to 1,300 (59%), parameters 100 to 50 (50%)"
     )

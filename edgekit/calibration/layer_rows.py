@@ -21,7 +21,7 @@ from edgekit.data import Batch
 from edgekit.errors import DataError
 from edgekit.graph.annotations import get_wish
 from edgekit.graph.operators import LINEAR, Roles, int_attribute, roles
-from edgekit.graph.run import Session, with_outputs
+from edgekit.graph.probe import Probe
 from edgekit.method import AUTO, EASYQUANT, Method
 
 F32 = NDArray[np.float32]
@@ -168,10 +168,12 @@ def collect_rows(
     for sample in run_samples(model, names, batches, share=share, threads=threads):
         for (name, geometry), parts in found.items():
             array = sample.real(name, geometry)
-            if array.size:  # what is selected from a sample may be nothing
+            if array is not None and array.size:  # what is selected from a sample may be nothing
                 parts.append((sample.checksum, _see(array, geometry, each * sample.size)))
-    ordered = {key: sorted(parts, key=lambda part: part[0]) for key, parts in found.items() if parts}
-    return {key: _joined([part for _, part in parts]) for key, parts in ordered.items()}
+    for parts in found.values():
+        parts.sort(key=lambda part: part[0])
+    # Taken out one by one, or all rows would be held twice.
+    return {key: _joined([part for _, part in parts]) for key in list(found) if (parts := found.pop(key))}
 
 
 def wished_rows(model: ir.Model, method: Method, batches: Iterable[Batch], *, samples: int) -> Rows:
@@ -183,12 +185,12 @@ def wished_rows(model: ir.Model, method: Method, batches: Iterable[Batch], *, sa
 
 
 class Sample(NamedTuple):
-    """What one run of the model gave.
+    """What one run of the model gave: of large samples, a part of the values that were asked for.
 
     Attributes:
         checksum: of its content; 0 where no other sample was chosen.
         size: how many samples it is: those of a batch that cannot be cut.
-        arrays: values by name.
+        arrays: values by name; whoever takes one sample lets go of those of the one before.
         mask: which tokens are real.
     """
 
@@ -197,12 +199,16 @@ class Sample(NamedTuple):
     arrays: dict[str, NDArray[np.generic]]
     mask: Mask
 
-    def real(self, name: str, geometry: Geometry) -> NDArray[np.generic]:
+    def real(self, name: str, geometry: Geometry) -> NDArray[np.generic] | None:
         """A value without padding, for a layer of tokens; what a convolution reads has channels where tokens have places.
+
+        None where it is in another part.
 
         Raises:
             DataError: it is NaN or infinite somewhere.
         """
+        if name not in self.arrays:
+            return None
         array = self.arrays[name]
         array = without_padding(array, self.mask) if geometry.kind == "rows" else array
         if not np.isfinite([array.min(initial=0.0), array.max(initial=0.0)]).all():
@@ -242,14 +248,13 @@ def run_samples(
     model: ir.Model, names: Sequence[str], batches: Iterable[Batch], *, share: int, threads: int = 0
 ) -> Iterator[Sample]:
     """Named values of about one in `share` samples, each run alone; of the first where that is none."""
-    inputs = {value.name: value for value in model.graph.inputs}
-    computed = [name for name in names if name not in inputs]
-    session = Session(with_outputs(model, set(computed)), optimize=True, threads=threads)
+    probe = Probe(model, names, optimize=True, threads=threads)
 
-    def run(feeds: dict[str, NDArray[np.generic]], size: int, checksum: int) -> Sample:
-        made = session.run(feeds, outputs=computed) if computed else {}
-        arrays = {name: made[name] if name in made else feeds[name] for name in names}
-        return Sample(checksum, size, arrays, padding_mask(feeds))
+    def run(feeds: dict[str, NDArray[np.generic]], size: int, checksum: int) -> Iterator[Sample]:
+        mask = padding_mask(feeds)
+        for arrays in probe.run(feeds):
+            yield Sample(checksum, size, arrays, mask)
+            arrays.clear()
 
     first: tuple[dict[str, NDArray[np.generic]], int] | None = None
     chosen = False
@@ -257,11 +262,11 @@ def run_samples(
         checksum = _checksum(feeds)
         if checksum % share == 0:
             chosen = True
-            yield run(feeds, size, checksum)
+            yield from run(feeds, size, checksum)
         elif first is None:
             first = feeds, size
     if first is not None and not chosen:
-        yield run(*first, checksum=0)
+        yield from run(*first, checksum=0)
 
 
 def _samples(batches: Iterable[Batch], *, cut: bool) -> Iterator[tuple[dict[str, NDArray[np.generic]], int]]:

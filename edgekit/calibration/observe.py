@@ -11,6 +11,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from queue import SimpleQueue
 
 import numpy as np
@@ -20,13 +21,18 @@ from numpy.typing import NDArray
 from edgekit.calibration.padding import padding_mask, without_padding
 from edgekit.data import Batch
 from edgekit.errors import DataError
-from edgekit.graph.run import Session, with_outputs
+from edgekit.graph.probe import Probe
+from edgekit.graph.sizes import WATCHED_BYTES
 from edgekit.quant.observers import EVERY, HistogramObserver
 
 Observers = dict[ir.Value, HistogramObserver]
 
+NO_SAMPLES = "the calibration data holds no samples; give at least one (a few hundred make good ranges)"
+
 WORKERS = 4
-"""The most samples under way at once: each holds the activations of one sample. More threads go into each inference."""
+"""The most samples under way at once: each holds the activations of one sample. More threads go into each inference, and where samples
+are large, fewer are under way.
+"""
 
 
 def observe(
@@ -56,8 +62,13 @@ def observe(
     """
     if not values:
         return {}
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None:
+        raise DataError(NO_SAMPLES)
+    cut = open_batch_axis(model)
     threads = threads or os.cpu_count() or 1
-    workers = min(threads, WORKERS)
+    workers = _workers(model, values, next(iter(_samples(first, cut=cut)), first.feeds), threads)
     watch = _Watch(model, values, threads=threads // workers)
     idle: SimpleQueue[Observers] = SimpleQueue()
     teams = [{value: HistogramObserver(stride=stride) for value in values} for _ in range(workers)]
@@ -73,38 +84,44 @@ def observe(
 
     seen = 0
     with ThreadPoolExecutor(workers) as pool:
-        for size in _in_order(pool, workers, count, batches, cut=open_batch_axis(model)):
+        for size in _in_order(pool, workers, count, chain([first], batches), cut=cut):
             seen += size
             if on_batch is not None and size:
                 on_batch(size)
     if not seen:
-        raise DataError("the calibration data holds no samples; give at least one (a few hundred make good ranges)")
+        raise DataError(NO_SAMPLES)
     for team in teams[1:]:
         for value, observer in team.items():
             teams[0][value].merge(observer)
     return teams[0]
 
 
+def _workers(model: ir.Model, values: list[ir.Value], feeds: dict[str, NDArray[np.generic]], threads: int) -> int:
+    """How many samples like `feeds` may be under way."""
+    held = _probe(model, values, threads=1).bytes_at_once(feeds)
+    return max(1, min(threads, WORKERS, WATCHED_BYTES // max(1, held)))
+
+
+def _probe(model: ir.Model, values: list[ir.Value], *, threads: int) -> Probe:
+    names = [value.name or "" for value in values]
+    return Probe(model, names, optimize=True, threads=threads)
+
+
 class _Watch:
-    """A session that shows the values of a graph; several threads may use it at once, with observers of their own."""
+    """What shows the values of a graph; several threads may use it at once, with observers of their own."""
 
     def __init__(self, model: ir.Model, values: list[ir.Value], *, threads: int) -> None:
-        self._inputs = [value for value in values if value.is_graph_input()]
-        self._computed = [value for value in values if not value.is_graph_input()]
-        self._names = [value.name or "" for value in self._computed]
-        if self._computed:
-            self._session = Session(with_outputs(model, set(self._names)), optimize=True, threads=threads)
+        self._values = {value.name or "": value for value in values}
+        self._probe = _probe(model, values, threads=threads)
 
     def update(self, observers: Observers, feeds: dict[str, NDArray[np.generic]]) -> None:
         """Run one sample and let the observers see it; each activation is let go of as soon as it was seen."""
-        for value in self._inputs:
-            _update(observers[value], feeds[value.name or ""], value)
-        if not self._computed:
-            return
-        arrays = self._session.run(feeds, outputs=self._names)
         mask = padding_mask(feeds)
-        for value, name in zip(self._computed, self._names, strict=True):
-            _update(observers[value], without_padding(arrays.pop(name), None if _has_maps(value) else mask), value)
+        for arrays in self._probe.run(feeds):
+            for name in list(arrays):
+                value = self._values[name]
+                whole = value.is_graph_input() or _has_maps(value)
+                _update(observers[value], without_padding(arrays.pop(name), None if whole else mask), value)
 
 
 def _in_order(
@@ -118,7 +135,7 @@ def _in_order(
     """Have the pool count all samples, few of them waiting; the number of samples of each batch, once all are counted."""
     running: deque[tuple[Future[None], int]] = deque()
     for batch in batches:
-        samples = _samples(batch) if cut and not batch.single else [batch.feeds]
+        samples = _samples(batch, cut=cut)
         for index, feeds in enumerate(samples):
             last = index == len(samples) - 1
             running.append((pool.submit(count, feeds), len(batch) if last else 0))
@@ -134,7 +151,9 @@ def _finished(running: deque[tuple[Future[None], int]]) -> int:
     return size
 
 
-def _samples(batch: Batch) -> list[dict[str, NDArray[np.generic]]]:
+def _samples(batch: Batch, *, cut: bool) -> list[dict[str, NDArray[np.generic]]]:
+    if not cut or batch.single:
+        return [batch.feeds]
     return [{name: array[i : i + 1] for name, array in batch.feeds.items()} for i in range(len(batch))]
 
 

@@ -96,7 +96,9 @@ def _hessians(
     names = list(dict.fromkeys(name for name, _ in sources))
     for sample in run_samples(model, names, batches, share=share, threads=threads):
         for (name, geometry), hessian in found.items():
-            hessian.update(rows_of(sample.real(name, geometry), geometry, each * sample.size))
+            array = sample.real(name, geometry)
+            if array is not None:
+                hessian.update(rows_of(array, geometry, each * sample.size))
     return {key: total for key, hessian in found.items() if (total := hessian.total()) is not None}
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from edgekit.graph.annotations import all_values
 from edgekit.graph.operators import is_constant
-from edgekit.graph.run import Session, with_outputs
+from edgekit.graph.probe import Probe
 
 WIDE = "edgekit.wide"
 """The metadata key of tensors that are kept in float32; it holds the largest magnitude that was seen."""
@@ -58,14 +58,12 @@ def _largest(
     model: ir.Model, names: list[str], batches: Iterable[Mapping[str, NDArray[np.generic]]]
 ) -> dict[str, float]:
     """The largest finite magnitude of each tensor over all batches."""
-    inputs = {value.name or "" for value in model.graph.inputs}
-    computed = [name for name in names if name not in inputs]
-    session = Session(with_outputs(model, set(computed)), optimize=False)
+    probe = Probe(model, names, optimize=False)
     largest = dict.fromkeys(names, 0.0)
     for feeds in batches:
-        made = session.run(feeds, outputs=computed) if computed else {}  # ONNX Runtime takes none for all
-        for name in names:
-            largest[name] = max(largest[name], _magnitude(made.pop(name) if name in made else feeds[name]))
+        for arrays in probe.run(feeds):
+            for name in list(arrays):
+                largest[name] = max(largest[name], _magnitude(arrays.pop(name)))
     return largest
 
 

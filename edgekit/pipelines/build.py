@@ -60,11 +60,16 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An artifact that was built and tried."""
+    """An artifact that was built and tried.
+
+    Attributes:
+        wrong: the batches that each show that the runtime does not compute what the simulation does, by number.
+    """
 
     artifact: Artifact
     proof: Proof
     notes: tuple[str, ...]
+    wrong: tuple[int, ...] = ()
 
 
 def try_build(job: Job, keep_float: frozenset[str]) -> tuple[Candidate | None, str]:
@@ -114,7 +119,18 @@ def _build(job: Job, keep_float: frozenset[str]) -> Candidate:
             *notes,
             f"fails for {', '.join(job.resized.sizes)}, which the float model takes: keep to the samples' sizes",
         )
-    return Candidate(artifact, proof, notes)
+    wrong = _wrong(job, ran, simulated) if proof.agrees is False and ran is not None else ()
+    return Candidate(artifact, proof, notes, wrong)
+
+
+def _wrong(job: Job, ran: Sequence[Arrays], simulated: Sequence[Arrays]) -> tuple[int, ...]:
+    """Which of the job's batches show by themselves that something is wrong."""
+    triples = zip(ran, simulated, job.floats, strict=False)  # without the one of another size
+    return tuple(
+        index
+        for index, (here, there, floats) in enumerate(triples)
+        if compare([here], [there], [floats]).agrees is False
+    )
 
 
 def _compare(job: Job, ran: Sequence[Arrays] | None, simulated: Sequence[Arrays]) -> Proof:
@@ -164,15 +180,24 @@ def _batch_size(batch: Arrays) -> int:
     return next((len(array) for array in batch.values() if array.ndim), 1)
 
 
-def find_guilty(job: Job, keep_float: frozenset[str]) -> str | None:
+def find_guilty(job: Job, keep_float: frozenset[str], tried: Candidate | None = None) -> str | None:
     """The first node whose quantization the runtime refuses or gets wrong: bisection over how many, in graph order, are quantized.
 
     None when there is something wrong even with nothing quantized.
+
+    Args:
+        job: what went wrong.
+        keep_float: nodes that are in float already.
+        tried: what was built; None where the runtime refused that. One batch is enough to tell right from wrong by, where one
+            shows that something is.
     """
     chosen = {*quantized_nodes(job.model, job.target, keep_float=keep_float), *recurrent(job.model.graph)}
     names = [node.name or "" for node in job.model.graph if node in chosen and node.name not in keep_float]
     with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
-        trial = replace(job, folder=Path(folder))  # the job's own folder keeps what is exported
+        # The job's own folder keeps what is exported.
+        whole, trial = replace(job, folder=Path(folder)), replace(_by_one_batch(job, tried), folder=Path(folder))
+        if tried is None and not try_build(trial, keep_float)[1]:
+            trial = whole
 
         def agrees(count: int) -> bool:
             return not try_build(trial, keep_float | frozenset(names[count:]))[1]
@@ -184,3 +209,12 @@ def find_guilty(job: Job, keep_float: frozenset[str]) -> str | None:
             middle = (right + wrong) // 2
             right, wrong = (middle, wrong) if agrees(middle) else (right, middle)
     return names[wrong - 1]
+
+
+def _by_one_batch(job: Job, tried: Candidate | None) -> Job:
+    """The job with the smallest batch that shows the fault, or of all where the runtime refused the file; as it is where none does."""
+    showing = range(len(job.batches)) if tried is None else tried.wrong
+    if not showing:
+        return job
+    index = min(showing, key=lambda index: _batch_size(job.batches[index]))
+    return replace(job, batches=[job.batches[index]], floats=[job.floats[index]], resized=None)

@@ -17,7 +17,7 @@ from edgekit.errors import GraphError
 from edgekit.graph.operators import is_constant, is_float
 from edgekit.graph.rules import quantized_nodes
 from edgekit.graph.run import Session
-from edgekit.lift import Floor, judge_outputs
+from edgekit.lift import Floor, Known, judge_outputs
 from edgekit.lowering.qdq import lower_qdq
 from edgekit.metric import Evaluate
 from edgekit.pipelines.floor import explain, make_goal, meet
@@ -28,7 +28,7 @@ from edgekit.pipelines.stored import Stored
 from edgekit.progress import Progress
 from edgekit.proxy import AUTO, NONE, Proxy, choose_proxy, count_decisions, in_focus, open_proxy
 from edgekit.records import Metric, ProxyRecord
-from edgekit.sensitivity import LARGEST_DB
+from edgekit.sensitivity import LARGEST_DB, SEGMENTS
 from edgekit.target import Target
 from edgekit.trials import Lifted
 
@@ -77,6 +77,12 @@ class Decision:
         """What of the outputs the decision hangs on."""
         return outputs if self.proxy is None else in_focus(self.proxy, outputs)
 
+    def known(self, before: float) -> Known | None:
+        """What a search need not ask again; None of a user's metric, which may give another answer each time, and that is told."""
+        if self.float_metric is not None:
+            return None
+        return Known(LARGEST_DB if self.proxy is None else 1.0, before)
+
     def judge(self, graph: ir.Model, rules: Target) -> float:
         """What the simulation of the annotated graph is worth."""
         return self.evaluate(Session(lower_qdq(graph, rules), optimize=True).run).value
@@ -90,7 +96,7 @@ def open_decision(graph: ir.Model, samples: BoundData, kind: str = AUTO) -> Deci
     """
     if kind == NONE:
         return None
-    feeds = feeds_of(samples)
+    feeds = feeds_of(samples, graph)
     session = Session(graph, optimize=True)
     floats = [session.run(batch) for batch in feeds]
     proxy = choose_proxy(floats, feeds, kind)
@@ -153,8 +159,9 @@ def settle(
         if found:
             left = max(budget_s - (time.monotonic() - begin), budget_s / 4)
             goal = make_goal(decision.floor_text, left, out, has_metric=True, aim=decision.aim)
-            graph, lifted = meet(graph, rules, goal, found, calibrating, decision.evaluate, on_progress)
-            after = decision.judge(graph, rules)
+            known = decision.known(before)
+            graph, lifted = meet(graph, rules, goal, found, calibrating, decision.evaluate, on_progress, known=known)
+            after = lifted.after if known else decision.judge(graph, rules)
     return graph, lifted, _record(decision, before, after)
 
 
@@ -199,8 +206,12 @@ def _with_numbers(graph: ir.Model) -> ir.Model | None:
 
 
 def _affordable(graph: ir.Model, rules: Target, sample_s: float, budget_s: float) -> int:
-    """How many samples may tell which layers hurt, in half the time: each layer runs on average half the graph on each."""
-    cost = len(quantized_nodes(graph, rules)) * sample_s / 2
+    """How many samples may tell which layers hurt, in half the time.
+
+    On each sample a layer runs on average half the graph, and each segment of `sensitivity` runs about half of it, once as it is and,
+    not optimized, beside what is on codes.
+    """
+    cost = (len(quantized_nodes(graph, rules)) / 2 + 2 * SEGMENTS) * sample_s
     return max(1, min(RANKED_BY, int(budget_s / 2 / max(cost, 1e-9))))
 
 

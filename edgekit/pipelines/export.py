@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,16 @@ from edgekit.lowering.saturation import saturates_here, with_reduced_range
 from edgekit.metric import Evaluate, Runner, open_metric
 from edgekit.output import sha256, staged_folder, write_text
 from edgekit.pipelines.build import Candidate, Job, find_guilty, try_build
-from edgekit.pipelines.decision import Decision, open_decision, settle_target
+from edgekit.pipelines.decision import Decision, settle_target
 from edgekit.pipelines.departures import departures
+from edgekit.pipelines.expected import PROVEN_ON, Expected, what_is_expected
 from edgekit.pipelines.floor import lift_notes
 from edgekit.pipelines.placement import fastest, placement_notes
 from edgekit.pipelines.remarks import listed
-from edgekit.pipelines.resized import Resized, resize
-from edgekit.pipelines.stored import Stored, open_stored, samples_of_size
+from edgekit.pipelines.resized import Resized
+from edgekit.pipelines.stored import Stored, open_stored
 from edgekit.pipelines.targets import missing
 from edgekit.progress import Progress, silent
-from edgekit.proof import Arrays, run_batches
-from edgekit.proxy import AUTO
 from edgekit.records import (
     MANIFEST,
     MODEL,
@@ -52,15 +51,6 @@ from edgekit.report import write_report
 from edgekit.target import Format, Target, load_target
 from edgekit.worker import Worker
 
-BATCH_SIZES = (7, 33, 1)
-"""Of the proof: no batch that models are traced or calibrated with. Kernels change with it, and so do their faults: one of
-OpenVINO's is right up to a batch of 8, and wrong from 9 on.
-"""
-PROVEN_ON = 64
-"""The most held-back samples that an artifact is held against the simulation on; decisions are compared on all."""
-SINGLES = 4
-RESIZED = 2
-"""Samples in another size than calibration's."""
 MOST_REPAIRS = 8
 
 
@@ -113,12 +103,13 @@ def export(
     stored = open_stored(Path(out))
     reference = evaluate or stored.record.evaluate
     metric = open_metric(reference, stored.held_back.inputs, preprocess=stored.record.preprocess) if reference else None
+    measured = cache(partial(what_is_expected, stored, judged=metric is None))
     results, failures = [], []
     for target in rules:
         try:
             seconds = time_budget or 0.0 if tune_placement else None
             chosen = format or target.graph.format
-            results.append(_export_to(stored, target, chosen, metric, allow_wrong, seconds, on_progress))
+            results.append(_export_to(stored, target, chosen, metric, measured, allow_wrong, seconds, on_progress))
         except EdgekitError as error:  # the others go on
             failures.append(error)
         write_report(stored.folder)
@@ -133,6 +124,7 @@ def _export_to(
     target: Target,
     format: Format,
     metric: Evaluate | None,
+    measured: Callable[[], Expected],
     allow_wrong: bool,
     tuning_s: float | None,
     on_progress: Progress,
@@ -142,7 +134,7 @@ def _export_to(
     _check_strangers(final)
     with staged_folder(final, marker=MANIFEST, what="an edgekit export") as folder:
         try:
-            manifest = _export_one(stored, target, format, metric, folder, tuning_s, on_progress)
+            manifest = _export_one(stored, target, format, metric, measured, folder, tuning_s, on_progress)
         except EdgekitError as error:  # runtimes name their file, which lies where nobody will find it
             raise type(error)(str(error).replace(f"{folder}{os.sep}", "")) from error
         if manifest.proof.agrees is False and not allow_wrong:
@@ -187,6 +179,7 @@ def _export_one(
     target: Target,
     format: Format,
     metric: Evaluate | None,
+    measured: Callable[[], Expected],
     folder: Path,
     tuning_s: float | None,
     on_progress: Progress,
@@ -198,15 +191,10 @@ def _export_one(
     if target.runtime.float_dtype == "float16":
         singles = (batch.feeds for batch in stored.held_back.batches(1))
         stored = replace(stored, model=mark_wide(stored.model, singles))
-    proxied = stored.record.proxy if metric is None else None
-    decision = open_decision(stored.model, stored.held_back, proxied.kind or AUTO) if proxied else None
-    lifted = None
+    expected, lifted = measured(), None
+    decision, resized = expected.decision, expected.resized
     if format == "qdq":  # the others take no layer in float
         stored, lifted = settle_target(stored, target, decision, on_progress)
-    batches = _batches(stored)
-    session = Session(stored.model, optimize=False)
-    floats = run_batches(session.run, batches)
-    resized = resize(next(iter(stored.held_back.batches(RESIZED))), stored.held_back.inputs, session)
     target = target.model_copy(update={"graph": target.graph.model_copy(update={"format": format})})
     checked = with_reduced_range(target) if available.can_check and saturates_here(target) else target
     job = Job(
@@ -217,8 +205,8 @@ def _export_one(
         backend,
         available,
         folder,
-        batches,
-        floats,
+        expected.batches,
+        expected.floats,
         resized if resized and resized.feeds else None,
         min(stored.record.held_back, PROVEN_ON),
     )
@@ -227,9 +215,10 @@ def _export_one(
         placement = fastest(stored, target, backend, tuning_s, on_progress)
     slow = frozenset(placement.keep_float) if placement else frozenset()
     candidate, kept = _repaired(job, slow, on_progress)
+    proxy = stored.record.proxy
     parted, parted_note = departures(job, slow | frozenset(kept))
     notes = (
-        *lift_notes(lifted, proxied.name if proxied else ""),
+        *lift_notes(lifted, proxy.name if decision and proxy else ""),
         *_size_notes(stored, resized, candidate.artifact),
         *_sparsity_note(stored.record, folder / MODEL),
         *([parted_note] if parted_note else []),
@@ -250,7 +239,7 @@ def _repaired(job: Job, slow: frozenset[str], on_progress: Progress) -> tuple[Ca
         if not problem or len(kept) == MOST_REPAIRS:
             break
         on_progress(f"{job.target.name}: find the layer that the runtime gets wrong", len(kept), None)
-        guilty = find_guilty(job, slow | frozenset(kept))
+        guilty = find_guilty(job, slow | frozenset(kept), candidate)
         if guilty is None:
             break
         kept = (*kept, guilty)
@@ -266,12 +255,6 @@ def _sparsity_note(record: Compressed, graph: Path) -> Iterator[str]:
         zeros = sum(layer.zeros * layer.weights for layer in found) / max(1, sum(layer.weights for layer in found))
         fours = sum(layer.two_four for layer in found)
         yield f"{zeros:.1%} of the weights are zero; {fours} of {len(found)} layers have two zeros in every four along their sums (2:4)"
-
-
-def _batches(stored: Stored) -> list[Arrays]:
-    few, many, single = BATCH_SIZES
-    batches = chain(stored.held_back.batches(few, 0, PROVEN_ON), stored.held_back.batches(single, 0, SINGLES))
-    return [*(batch.feeds for batch in batches), samples_of_size(stored, many)]
 
 
 def _describe(

@@ -19,7 +19,7 @@ from edgekit.errors import DataError, OutputError
 from edgekit.graph.annotations import get_params
 from edgekit.graph.operators import Roles
 from edgekit.graph.rules import quantized_nodes
-from edgekit.lift import keep_float, lift, parse_floor
+from edgekit.lift import Known, keep_float, lift, parse_floor
 from edgekit.metric import Evaluate
 from edgekit.output import write_text
 from edgekit.pipelines.quantize import Calibrating
@@ -79,7 +79,7 @@ def explain(
     focus: Callable[[Arrays], Arrays] = lambda outputs: outputs,
 ) -> tuple[LayerSensitivity, ...]:
     """What quantizing each layer alone does to what `focus` picks from the outputs, on the first `samples`."""
-    return tuple(sensitivity(graph, rules, _feeds(batches, samples), focus=focus, on_progress=on_progress))
+    return tuple(sensitivity(graph, rules, _feeds(graph, batches, samples), focus=focus, on_progress=on_progress))
 
 
 def look_at_worst(
@@ -128,6 +128,8 @@ def meet(
     batches: Calibrating,
     metric: Evaluate | None,
     on_progress: Progress,
+    *,
+    known: Known | None = None,
 ) -> tuple[ir.Model, Lifted]:
     """The `graph` with the layers left in float that `goal` takes, and the search's record.
 
@@ -141,11 +143,12 @@ def meet(
     lifted = lift(
         graph,
         rules,
-        _feeds(batches),
+        _feeds(graph, batches),
         floor,
         ranking=rank(found),
         aim=parse_floor(goal.aim),
         metric=metric,
+        known=known,
         time_budget_s=goal.budget_s,
         state=_remembered(goal.state),
         on_trial=remember,
@@ -163,9 +166,9 @@ def _remembered(path: Path) -> LiftState | None:
         return None
 
 
-def _feeds(batches: Calibrating, samples: int = SAMPLES) -> Sequence[Arrays]:
+def _feeds(graph: ir.Model, batches: Calibrating, samples: int = SAMPLES) -> Sequence[Arrays]:
     """The first samples; more where the model takes only more at a time."""
-    found = feeds_of(batches.data, 0, min(samples, batches.stop))
+    found = feeds_of(batches.data, graph, 0, min(samples, batches.stop))
     return found or [batch.feeds for batch in islice(batches.data.batches(BATCH_SIZE, 0, batches.stop), 1)]
 
 

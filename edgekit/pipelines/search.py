@@ -29,7 +29,7 @@ from edgekit.passes.assign_specs import assign_precisions, assign_specs
 from edgekit.passes.equalize import equalize
 from edgekit.pipelines.floor import DEFAULT_BUDGET_S
 from edgekit.pipelines.quantize import Calibrating, quantize
-from edgekit.pipelines.split import BATCH_SIZE
+from edgekit.pipelines.split import BATCH_SIZE, feeds_of
 from edgekit.progress import Progress
 from edgekit.records import read_record
 from edgekit.search import Choice, Option, search
@@ -216,8 +216,8 @@ def _by_metric(graph: ir.Model, metric: Evaluate, floor: Floor | None) -> _Judge
 
 
 def _by_outputs(graph: ir.Model, batches: Calibrating, start: int, floor: Floor | None) -> _Judge:
-    apart = [batch.feeds for batch in batches.data.batches(BATCH_SIZE, start, batches.stop)]
-    feeds = apart or [batch.feeds for batch in batches.data.batches(BATCH_SIZE, 0, batches.stop)]
+    apart = feeds_of(batches.data, graph, start, batches.stop)
+    feeds = apart or feeds_of(batches.data, graph, 0, batches.stop)
     data = f"{batches.stop - start} samples set apart" if apart else "the samples that calibrate, for want of others"
     cosine = floor is not None and floor.kind == "cosine"
     value_of = judge_outputs(graph, feeds, cosine=cosine)

@@ -8,11 +8,13 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgekit.data import Batch, BoundData
 from edgekit.data.samples import LABELS
 from edgekit.errors import DataError
+from edgekit.graph.sizes import samples_at_once
 
 HELD_BACK_SAMPLES = 64
 MOST_HELD_BACK = 256
@@ -21,7 +23,7 @@ HELD_BACK_BYTES = 32 * 2**20
 """That so many may take."""
 BATCH_SIZE = 8
 AT_ONCE_BYTES = 1 << 20
-"""Of samples that are run together where every activation of theirs may be held: a network's are a hundred times as large."""
+"""Of samples that are run together where every activation of theirs may be held: a network's are a hundred times as large, or more."""
 
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -38,11 +40,13 @@ def first_batch(data: BoundData, count: int) -> Arrays:
     return batch.feeds
 
 
-def feeds_of(data: BoundData, start: int = 0, stop: int | None = None) -> list[Arrays]:
-    """Samples to run, as many together as are cheap to hold with their activations."""
+def feeds_of(data: BoundData, graph: ir.Model, start: int = 0, stop: int | None = None) -> list[Arrays]:
+    """Samples to run, as many together as are cheap to hold with the activations that `graph` makes of them."""
     first = next(data.batches(1), None)
-    size = 0 if first is None else sum(array.nbytes for array in first.feeds.values()) // max(1, len(first))
-    together = max(1, min(BATCH_SIZE, AT_ONCE_BYTES // max(1, size)))
+    if first is None:
+        return []
+    size = sum(array.nbytes for array in first.feeds.values()) // max(1, len(first))
+    together = samples_at_once(graph, first.feeds, max(1, min(BATCH_SIZE, AT_ONCE_BYTES // max(1, size))))
     return [batch.feeds for batch in data.batches(together, start, stop)]
 
 
