@@ -134,12 +134,9 @@ def rows(case: Case, targets: Sequence[str], folder: Path) -> Iterator[Row]:
         return
     for target in targets:
         try:
-            [result] = edgekit.export(folder / "out", [target], allow_wrong=True)
-            proof = result.manifest.proof
-            if proof.agrees is False:
-                yield Row(case.name, case.kind, target, WRONG, f"caught by the proof: {proof.reason}")
-            else:
-                yield Row(case.name, case.kind, target, *_judged(result.folder / "model.onnx", False, feeds, expected))
+            # What a runtime computes wrongly is refused by the proof.
+            [result] = edgekit.export(folder / "out", [target])
+            yield Row(case.name, case.kind, target, *_judged(result.folder / "model.onnx", False, feeds, expected))
         except Exception as error:  # as above
             yield Row(case.name, case.kind, target, *_failed(error, "export"))
 
