@@ -117,7 +117,8 @@ def report(rows: Sequence[Row]) -> str:
         f"# ONNX's backend test cases\n\n{count} of {len(cases())} cases, {skipped} of them not runnable here.\n",
         table(["target", *OUTCOMES], [[t, *(str(counts[t, outcome]) for outcome in OUTCOMES)] for t in targets]),
         "`float`: nothing to quantize, and the outputs are the source's. `int8`: something was quantized, and the runtime computes what "
-        "the simulation does. `refused`: with a message, also where the proof finds that the runtime computes something else. `wrong`: something else was computed. `crash`: anything else happened. The row "
+        "the simulation does. `refused`: with a message, also where the proof finds that the runtime computes something else. `wrong`: "
+        "something else was computed. `crash`: anything else happened. The row "
         "`compress`: cases that were not exported, or cases compressed alone.\n",
         DOWNLOADED,
         _by_kind(ran),

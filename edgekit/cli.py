@@ -138,7 +138,12 @@ def compress(
     method = merged_method(file.method, {name: given.pop(name) for name in METHOD & given.keys()}, layers, keep_float)
     finetune = merged_finetune(file.finetune, {name: given.pop(name) for name in FINETUNE & given.keys()})
     pruning = {name: given.pop(name) for name in PRUNE & given.keys()}
-    ratios = [part.strip() for part in pruning.pop("ratio", "").split(",") if part.strip()]
+    given_ratios = pruning.pop("ratio", None)
+    ratios = [part.strip() for part in (given_ratios or "").split(",") if part.strip()]
+    if given_ratios is not None and not ratios:
+        raise click.UsageError(
+            f"--prune {given_ratios!r} names no ratio; expected numbers between 0 and 1, such as 0.5 or 0.2,0.4"
+        )
     plans = [merged_prune(file.prune, pruning | {"ratio": ratio}) for ratio in ratios]
     plans = plans or [merged_prune(file.prune, pruning)]
     options |= given

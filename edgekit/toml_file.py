@@ -89,6 +89,8 @@ def _nested(annotation: Any) -> list[Any]:
 
 def _line_of(keys: list[str], text: str) -> int | None:
     """The line on which the last of `keys` is set, looking under its table's heading first."""
+    if not keys:
+        return None  # the table as a whole
     lines = text.splitlines()
     start = 0
     for index, line in enumerate(lines):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgekit.channel_choice import Chosen, by_ratio
+from edgekit.channel_choice import Chosen
 from edgekit.errors import DataError, EdgekitError, GoalError
 from edgekit.pipelines.pruning import Amount
 from edgekit.pruning import Prune
@@ -277,7 +277,6 @@ def test_the_choice_is_cut() -> None:
         net, plan(), IMAGES, score=lambda prunable: None, choose=last, recover=lambda c, p, n: c, schedule=STEPS
     )
     assert torch.equal(found.module.get_parameter("conv1.weight"), net.get_parameter("conv1.weight")[-2:])
-    assert by_ratio  # the default of the pipeline
 
 
 def test_errors_of_a_recovery_reach_the_user() -> None:
@@ -304,8 +303,18 @@ def test_gradients_are_of_the_loss_on_labels_where_there_are_any() -> None:
     assert torch.allclose(reaction_or_task(batch)({"y": scores}, batch), expected, rtol=1e-6)
 
 
-def test_without_labels_gradients_are_of_how_the_outputs_react() -> None:
-    """Their mean square, of all that are numbers: (4 + 1) / 4 + 9."""
-    outputs = {"y": torch.tensor([[2.0, 0.0], [0.0, 1.0]]), "z": torch.tensor([3.0]), "ids": torch.tensor([7])}
+def test_without_labels_gradients_are_of_how_far_the_outputs_move() -> None:
+    """Each with a random sign, so that squares of gradients add up: of (2, 3) on average 4 + 9, and of no whole numbers."""
+    batch = {"x": torch.zeros(1, 3)}
+    outputs = {"y": torch.tensor([[2.0, 3.0]]), "ids": torch.tensor([7])}
+    loss, again = reaction_or_task(batch), reaction_or_task(batch)
+    found = [float(loss(outputs, batch)) for _ in range(256)]
+    assert set(found) == {5.0, 1.0, -1.0, -5.0}
+    assert abs(np.mean(np.square(found)) - 13.0) < 2.0
+    assert found == [float(again(outputs, batch)) for _ in range(256)]
+
+
+def test_outputs_of_any_rank_move() -> None:
     batch = {"x": torch.zeros(2, 3)}
-    assert float(reaction_or_task(batch)(outputs, batch)) == pytest.approx(1.25 + 9.0, abs=1e-6)
+    outputs = {"flat": torch.tensor([2.0, 2.0]), "none": torch.tensor(8.0)}
+    assert abs(float(reaction_or_task(batch)(outputs, batch))) in (6.0, 8.0, 10.0)

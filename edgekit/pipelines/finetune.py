@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -74,7 +73,9 @@ class Tuning:
         tune = partial(self._tune, arrays, origin)
         masks = None
         if self.prune is not None:
-            recovery = recovering(self.plan, self.prune, copy.deepcopy(module))  # a teacher is frozen
+            from edgekit.training.checkpoint import copied
+
+            recovery = recovering(self.plan, self.prune, copied(module))  # a teacher is frozen
             job = PruneJob(
                 self.prune,
                 recovery,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,10 +11,11 @@ from typing import Any
 from edgekit.channel_choice import Chosen, by_macs, by_ratio
 from edgekit.channels import Group, LayerCost, kept_shares, total_macs
 from edgekit.distillation import Distillation
+from edgekit.errors import GoalError
 from edgekit.finetune import Finetune, Finetuned
 from edgekit.pipelines.prune_timing import Timing, TorchModel, multiples_for
 from edgekit.progress import Progress
-from edgekit.pruning import DURING, SCRATCH, Prune, Pruned
+from edgekit.pruning import DURING, ONE_SHOT, SCRATCH, Prune, Pruned
 from edgekit.schedule import Schedule
 from edgekit.target import Pruning, Target
 
@@ -121,15 +121,14 @@ def _cut(job: PruneJob, module: Any, before: float | None) -> tuple[Any, Any, Pr
 
 
 def _sparsified(job: PruneJob, module: Any, before: float | None) -> tuple[Any, Any, Pruned]:
-    from edgekit.training.checkpoint import quiet
+    from edgekit.training.checkpoint import copied
     from edgekit.training.prune.sparsity import layer_sparsity, plan_masks, sparsify
 
     plan = job.plan
     gradually = plan.schedule == DURING
     assert plan.sparsity is not None, "the goal"
     make = plan_masks if gradually and plan.recover else sparsify
-    with quiet():  # torch warns of its own graphs
-        module, trained = copy.deepcopy(module), list[Finetuned]()
+    module, trained = copied(module), list[Finetuned]()
     job.on_progress("prune", 0, None)
     masks = make(module, plan.sparsity, scope=plan.scope, ignore=plan.ignore)
     if plan.recover:
@@ -196,12 +195,18 @@ class Amount:
             chosen = by_macs(groups, costs, wanted * self.whole / now, scope=scope, multiples=multiples)
             reached = total_macs(costs, kept_shares(groups, chosen.choice)) / self.whole
         else:
-            chosen = by_ratio(groups, 1 - wanted * self.whole / now, scope=scope, multiples=multiples)
+            try:
+                chosen = by_ratio(groups, 1 - wanted * self.whole / now, scope=scope, multiples=multiples)
+            except GoalError:
+                if self.plan.schedule in (ONE_SHOT, SCRATCH):
+                    raise
+                return Chosen({})  # rounding leaves nothing to go in this round
             reached = _channels(groups, kept_shares(groups, chosen.choice)) / self.whole
         if share < 1 or abs(reached - self._left) <= NEAR:
             return chosen
         what = "multiply-accumulates" if self.plan.macs is not None else "channels"
-        missed = f"{reached:.1%} of the {what} stay instead of {self._left:.1%}: nearer is not possible as widths are rounded (--round-to)"
+        why = "widths are rounded (--round-to)" if multiples else "units go whole"
+        missed = f"{reached:.1%} of the {what} stay instead of {self._left:.1%}: nearer is not possible, as {why}"
         return Chosen(chosen.choice, (*chosen.remarks, missed))
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import logging
@@ -109,6 +110,12 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A copy that shares nothing; torch warns of its own classes when it copies graphs."""
+    with quiet():
+        return copy.deepcopy(module)
 
 
 def users_error(error: Exception) -> str:

@@ -139,7 +139,7 @@ def reaction_or_task(batch: Mapping[str, Tensor]) -> Loss:
         floats = [one.float() for one in outputs.values() if one.is_floating_point()]
         drawn = [torch.randint(0, 2, one.shape, generator=signs).to(one) * 2 - 1 for one in floats]
         return torch.stack(
-            [(one * sign).flatten(1).sum(1).mean() for one, sign in zip(floats, drawn, strict=True)]
+            [(one * sign).sum() / (len(one) if one.dim() else 1) for one, sign in zip(floats, drawn, strict=True)]
         ).sum()
 
     return moved

@@ -1,0 +1,304 @@
+"""Goals in time: a real one on a runtime here, and on a pretended clock what is told of goals that are met, or cannot be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import edgekit
+from edgekit.data import open_data
+from edgekit.errors import BackendError, EdgekitError, GoalError, TargetError
+from edgekit.graph.io import load_onnx
+from edgekit.graph.operators import layers
+from edgekit.latency_table import Effort, LatencyTable, time_layers
+from edgekit.layer_shape import LayerShape
+from edgekit.measure import Candidate, Comparison, Ratio, Timing
+from edgekit.method import Method
+from edgekit.pipelines import prune_timing
+from edgekit.pipelines.finetune import Tuning
+from edgekit.pruning import Prune, Pruned
+from edgekit.records import Source
+from edgekit.target import load_target
+from networks import Net, needs_vnni
+
+TARGET = "x86-onnxruntime"
+IMAGES = {"image": np.random.default_rng(0).normal(size=(12, 1, 12, 12)).astype(np.float32)}
+QUICK = Method(calibrator="minmax", bias_correction=False, smooth=False, rounding="nearest")
+MS_PER_MAC, REST_MS = 1e-6, 0.5
+"""Of the pretended runtime."""
+
+
+class Wide(nn.Module):
+    """Small images and many channels, so that time goes into the layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1)
+        self.head = nn.Linear(64, 4)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.head(F.relu(self.second(F.relu(self.first(image)))).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as a graph, which takes no export for each choice that is measured."""
+    net = Net(seed=1)
+    x = net.conv_relu(net.input("image", ["n", 1, 12, 12]), "first", 1, 64)
+    x = net.conv_relu(x, "second", 64, 64)
+    x = net.op("Flatten", [net.op("GlobalAveragePool", [x], "mean")], "flat", axis=1)
+    path = tmp_path_factory.mktemp("wide") / "wide.onnx"
+    ir.save(net.model(net.gemm(x, "head", 64, 4)), path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where this test's times are kept, and how long they are taken: short."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(prune_timing, "BURSTS", 5)
+    monkeypatch.setattr(prune_timing, "BURST_SECONDS", 0.02)
+    monkeypatch.setattr(prune_timing, "time_layers", partial(time_layers, effort=Effort(2, 0.004)))
+    return tmp_path / "cache"
+
+
+def pruned(source: Path, out: Path, steps: list[tuple[str, int, int | None]] | None = None, **given: Any) -> Pruned:
+    """What a goal came to, without training."""
+
+    def on_progress(what: str, done: int, total: int | None) -> None:
+        if steps is not None:
+            steps.append((what, done, total))
+
+    plan = Prune.model_validate(given)
+    record = edgekit.compress(
+        source, out, calibration=IMAGES, method=QUICK, proxy="none", prune=plan, on_progress=on_progress
+    ).record
+    assert record.pruned is not None
+    return record.pruned
+
+
+class Clock:
+    """A runtime whose time is `REST_MS` and `MS_PER_MAC` for each multiply-accumulate, exactly."""
+
+    def __init__(self) -> None:
+        self.measured: list[list[float]] = []
+
+    def measure(self, candidates: Sequence[Candidate], feeds: Mapping[str, Any], **_: Any) -> Comparison:
+        times = [REST_MS + MS_PER_MAC * macs(one.artifact.path) for one in candidates]
+        self.measured.append(times)
+        made = tuple(
+            Timing(one.label, ms, ms, ms, ms, ms, 1e3 / ms, 1.0, 1, 9, (ms,) * 9)
+            for one, ms in zip(candidates, times, strict=True)
+        )
+        ratios = {
+            one.label: Ratio(times[0] / ms, times[0] / ms, times[0] / ms)
+            for one, ms in zip(candidates[1:], times[1:], strict=True)
+        }
+        return Comparison(made, ratios, {}, noisy=False, message="")
+
+    def table(self, shapes: Mapping[str, LayerShape], widths: Mapping[str, Any], *_: Any, **__: Any) -> LatencyTable:
+        grids = {
+            name: (both, np.array([[MS_PER_MAC * shapes[name].macs(i, o) for o in both[1]] for i in both[0]]))
+            for name, both in widths.items()
+        }
+        return LatencyTable(grids, {}, 0, ())
+
+
+def macs(path: Path) -> int:
+    return sum(layer.macs for layer in layers(load_onnx(path)))
+
+
+WHOLE_MS = REST_MS + MS_PER_MAC * (144 * 9 * 64 + 144 * 576 * 64 + 256)
+"""Of `Wide`, by hand."""
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(prune_timing, "measure", made.measure)
+    monkeypatch.setattr(prune_timing, "time_layers", made.table)
+    return made
+
+
+@needs_vnni
+def test_a_speedup_is_reached_on_a_real_runtime(
+    wide: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured once; the second run finds the times of layers where the first one left them, and measures the whole model alone."""
+    first: list[tuple[str, int, int | None]] = []
+    found = pruned(wide, tmp_path / "out", first, speedup=f"1.4@{TARGET}")
+    assert found.target == TARGET
+    assert found.speedup is not None and found.speedup_low is not None and found.speedup_high is not None
+    assert found.speedup > 1.2
+    assert found.speedup_low <= found.speedup <= found.speedup_high
+    assert found.latency_ms is not None and 0 < found.latency_ms < 10
+    assert found.macs[1] < 0.9 * found.macs[0]
+    assert all(outputs % 4 == 0 for layer in found.layers for outputs in layer.after[1:])  # what the target likes
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert f"{found.speedup:.2f}x as fast on {TARGET}" in text
+    [file] = (cache / "edgekit" / "latency").glob("*.json")
+    kept = file.read_bytes()
+
+    again: list[tuple[str, int, int | None]] = []
+    clock = Clock()
+    monkeypatch.setattr(prune_timing, "measure", clock.measure)  # the table is real, and known
+    pruned(wide, tmp_path / "again", again, speedup=f"1.4@{TARGET}")
+    measured = [max(total or 0 for what, _, total in events if what == "time layers") for events in (first, again)]
+    assert measured[1] < measured[0]  # what was noisy is not kept
+    assert file.read_bytes() == kept or measured[1]
+    assert list((cache / "edgekit" / "latency").glob("*.json")) == [file]
+
+
+def test_a_speedup_is_of_the_model_as_it_came_in_all_rounds(clock: Clock, tmp_path: Path) -> None:
+    """Here of a torch module, which is exported for each measurement."""
+    torch.manual_seed(0)
+    plan = Prune(speedup=f"2@{TARGET}", schedule="iterative:2", round_to=0, recover=False)
+    tuning = Tuning(None, plan, load_target("portable"), QUICK, 12, None, None, tmp_path / "out", lambda *_: None)
+    module = tuning.train(open_data(IMAGES), Wide().eval(), Source(name="wide", kind="module"))
+    found = tuning.pruned
+    assert found is not None and found.speedup is not None and found.latency_ms is not None
+    assert found.latency_ms == pytest.approx(REST_MS + MS_PER_MAC * found.macs[1], rel=1e-6)
+    assert found.speedup == pytest.approx(WHOLE_MS / found.latency_ms, rel=1e-6)
+    assert 2.0 <= found.speedup <= 2.0 / 0.9
+    assert found.macs[1] == sum(layer.macs[1] for layer in found.layers)
+    assert module.second.weight.shape == (found.layers[1].after[1], found.layers[1].after[0], 3, 3)
+
+
+def test_a_latency_is_reached(wide: Path, clock: Clock, tmp_path: Path) -> None:
+    found = pruned(wide, tmp_path / "out", latency=f"3 ms@{TARGET}", round_to=0)
+    assert found.latency_ms is not None and found.speedup is not None
+    assert 2.7 <= found.latency_ms <= 3.0
+    assert found.latency_ms == pytest.approx(REST_MS + MS_PER_MAC * found.macs[1], rel=1e-6)
+    assert found.speedup == pytest.approx(WHOLE_MS / found.latency_ms, rel=1e-6)
+
+
+def test_rounding_that_overshoots_is_told(wide: Path, clock: Clock, tmp_path: Path) -> None:
+    """Of 64 channels, 32 in the place of 40."""
+    found = pruned(wide, tmp_path / "out", speedup=f"1.4@{TARGET}", round_to=32, ignore="first")
+    assert found.layers[0].after == (64, 32)
+    assert [remark for remark in found.remarks if "faster than" in remark] != []
+
+
+def test_the_least_important_channels_go(clock: Clock, tmp_path: Path) -> None:
+    """Every other filter is small."""
+    net = Net(seed=1)
+    x = net.conv_relu(net.input("image", ["n", 1, 12, 12]), "first", 1, 64)
+    x = net.op("Flatten", [net.op("GlobalAveragePool", [net.conv_relu(x, "second", 64, 64)], "mean")], "flat", axis=1)
+    model = net.model(net.gemm(x, "head", 64, 4))
+    value = model.graph.initializers["second.weight"]
+    assert value.const_value is not None
+    filters = value.const_value.numpy().copy()
+    filters[::2] *= 1e-3
+    value.const_value = ir.tensor(filters, name="second.weight")
+    ir.save(model, tmp_path / "net.onnx")
+    pruned(tmp_path / "net.onnx", tmp_path / "out", speedup=f"1.8@{TARGET}", ignore="first", round_to=0)
+    [kept] = [layer for layer in layers(load_onnx(tmp_path / "out" / "model.onnx")) if layer.name == "second"]
+    assert kept.output_shape is not None and kept.output_shape[1] is not None
+    assert 25 <= kept.output_shape[1] <= 32
+    weight = load_onnx(tmp_path / "out" / "model.onnx").graph.initializers["second.weight"].const_value
+    assert weight is not None
+    norms = np.abs(weight.numpy()).reshape(len(weight.numpy()), -1).sum(1)
+    assert norms.min() > 0.1 * norms.max()
+
+
+def refused(wide: Path, tmp_path: Path, kind: type[EdgekitError], **given: Any) -> str:
+    with pytest.raises(kind) as caught:
+        pruned(wide, tmp_path / "out", **given)
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == []
+    return str(caught.value)
+
+
+def test_a_speedup_that_is_impossible_says_what_is_possible(wide: Path, clock: Clock, tmp_path: Path) -> None:
+    """In the unit that was asked in: at least 8 of 64 channels stay, and what is no layer does not go."""
+    message = refused(wide, tmp_path, GoalError, speedup=f"1000@{TARGET}")
+    fastest = min(times[-1] for times in clock.measured)
+    assert fastest < REST_MS + MS_PER_MAC * 144 * 576 * 20
+    assert "1000" in message
+    assert f"{WHOLE_MS / fastest:.2f}" in message or f"{WHOLE_MS / fastest:.3g}" in message
+    assert "as few channels as pruning these layers can keep" in message
+
+
+def test_a_latency_that_is_impossible_says_what_is_possible(wide: Path, clock: Clock, tmp_path: Path) -> None:
+    message = refused(wide, tmp_path, GoalError, latency=f"1us@{TARGET}")
+    fastest = min(times[-1] for times in clock.measured)
+    assert f"{fastest:.3g} ms" in message
+    assert "0.001 ms" in message
+
+
+@pytest.mark.parametrize("latency", ["1s", "8ms"])
+def test_a_latency_that_the_model_has_already(latency: str, wide: Path, clock: Clock, tmp_path: Path) -> None:
+    message = refused(wide, tmp_path, GoalError, latency=f"{latency}@{TARGET}")
+    assert f"{WHOLE_MS:.3f} ms" in message
+    assert "nothing is to be cut" in message
+    assert "e+03" not in message
+    assert len(clock.measured) == 1
+
+
+def test_rounding_that_leaves_nothing_to_go(wide: Path, clock: Clock, tmp_path: Path) -> None:
+    """Widths of 64 in multiples of 64."""
+    message = refused(wide, tmp_path, GoalError, speedup=f"1.5@{TARGET}", round_to=64)
+    assert "round" in message
+
+
+@pytest.mark.parametrize("goal", [{"speedup": "2@{}"}, {"latency": "1ms@{}"}])
+def test_targets_that_cannot_be_measured(goal: dict[str, str], wide: Path, clock: Clock, tmp_path: Path) -> None:
+    for target, kind, said in [
+        ("x86-onnxruntim", TargetError, "did you mean 'x86-onnxruntime'"),
+        ("arm-onnxruntime", BackendError, "arm-onnxruntime"),
+        ("portable", EdgekitError, "portable"),
+    ]:
+        message = refused(wide, tmp_path, kind, **{name: text.format(target) for name, text in goal.items()})
+        assert said in message
+        assert "''" not in message
+    assert clock.measured == []
+
+
+def test_a_runtime_that_is_not_installed(wide: Path, clock: Clock, tmp_path: Path) -> None:
+    target = tmp_path / "cache" / "other.toml"
+    target.parent.mkdir()
+    target.write_text('name = "other"\nextends = "portable"\nbackend = "nobody"\nsummary = "of nobody"\n')
+    message = refused(wide, tmp_path, BackendError, speedup=f"2@{target}")
+    assert "nobody" in message and "install" in message
+
+
+def test_a_runtime_that_fails_while_it_is_measured(
+    wide: Path, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(candidates: Sequence[Candidate], *_: Any, **__: Any) -> Comparison:
+        return Comparison((), {}, {candidates[0].label: "the worker ended: out of memory"}, noisy=False, message="")
+
+    monkeypatch.setattr(prune_timing, "measure", failing)
+    message = refused(wide, tmp_path, BackendError, speedup=f"2@{TARGET}")
+    assert TARGET in message and "out of memory" in message
+
+
+def test_times_of_layers_are_of_one_sample(
+    wide: Path, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, LayerShape] = {}
+    plain = clock.table
+
+    def table(shapes: Mapping[str, LayerShape], widths: Mapping[str, Any], *rest: Any, **more: Any) -> LatencyTable:
+        seen.update(shapes)
+        assert widths["second"] == ((16, 32, 48, 64), (16, 32, 48, 64))
+        return plain(shapes, widths, *rest, **more)
+
+    monkeypatch.setattr(prune_timing, "time_layers", table)
+    pruned(wide, tmp_path / "out", speedup=f"2@{TARGET}")
+    assert {name: shape.macs(shape.inputs, shape.outputs) for name, shape in seen.items()} == {
+        "first": 144 * 9 * 64,
+        "second": 144 * 576 * 64,
+        "head": 256,
+    }
+    assert math.isclose(clock.measured[0][0], WHOLE_MS, rel_tol=1e-9)
