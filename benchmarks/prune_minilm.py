@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from claims import Claim
-from minilm import HEADS, LENGTH, WIDTH, Feeds, MiniLM, SelfAttention, Sentences, mean_cosine, spearman
+from minilm import HEADS, LENGTH, WIDTH, Feeds, Layer, MiniLM, SelfAttention, Sentences, mean_cosine, spearman
 from prune_subject import Shape, fewer, say
 from ptq_accuracy import _minilm
 from qat_part import Part, holds
@@ -62,6 +62,7 @@ def headed_minilm() -> nn.Module:
     """MiniLM with fresh weights, whose heads can be cut."""
     network = MiniLM()
     for layer in network.encoder.layer:
+        assert isinstance(layer, Layer)
         layer.attention["self"] = HeadedAttention()
     return network
 
@@ -110,8 +111,8 @@ def minilm_section(zoo: Path, folder: Path) -> Part:
     note = (
         f"A quarter of the heads and of the feed-forward channels of each layer go, by {CRITERION}: {fewer(record.pruned.macs)} MACs, "
         f"{fewer(record.pruned.parameters)} parameters. {RECOVERY.distill.summary if RECOVERY.distill else ''}, from the unpruned network, "
-        f"on {len(learned['input_ids'])} sentences of {LENGTH} tokens that are no part of the 1,000 evaluated pairs, {EPOCHS} epochs, "
-        f"{record.finetuned.seconds if record.finetuned else 0:.0f} s. {record.pruned.recovered}"
+        f"on {len(learned['input_ids'])} sentences of {LENGTH} tokens that are no part of the 1,000 evaluated pairs. "
+        f"{record.pruned.recovered}"
     )
     told = [[row.label, f"{row.spearman:.4f}", f"{row.cosine:.5f}"] for row in rows]
     claims = list(_claims(record.pruned, rows, made))

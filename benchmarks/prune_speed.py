@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ class _Row:
 
 def speed_section(zoo: Path, folder: Path) -> Part:
     """Float against float, one sample at a time."""
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # else an earlier run's times of layers would be taken
     small = resnet20_shape(zoo, trained_resnet20(zoo))
     image = np.concatenate([batch.feeds["image"] for batch in resnet50.images(IMAGES, 1)])
     large = Shape("ResNet-50's shape", torch_resnet50(), {"image": image}, IMAGES)

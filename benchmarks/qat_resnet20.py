@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,15 +185,18 @@ class _Work:
         target: str = "",
     ) -> _Run:
         """While training; without labels on the same images, whose labels the float network's answers stand in for."""
-        data: Any = str(self.zoo / resnet20.TRAIN) if labels else self._unlabelled()
+        data = str(self.zoo / resnet20.TRAIN) if labels else self._unlabelled()
         plan = Finetune(qat=True, data=data, schedule=schedule, augment=VARIED, distill=distill)
         return self._made(label, module, method, plan, target)
 
-    def _unlabelled(self) -> dict[str, Any]:
-        images = open_data(self.zoo / resnet20.TRAIN, preprocess=resnet20.PREPROCESS)
-        found = images.examples(10_000)
-        [array] = found.values() if isinstance(found, dict) else found
-        return {INPUT: array}
+    def _unlabelled(self) -> str:
+        """The training images without the folders that are their labels."""
+        path = self.folder / "unlabelled.zip"
+        with zipfile.ZipFile(self.zoo / resnet20.TRAIN) as source, zipfile.ZipFile(path, "w") as out:
+            for info in source.infolist():
+                if not info.is_dir():
+                    out.writestr(info.filename.replace("/", "-"), source.read(info))
+        return str(path)
 
     def _made(self, label: str, module: nn.Module, method: Method, plan: Finetune | None, target: str = "") -> _Run:
         click_say(label)
@@ -216,6 +220,7 @@ class _Work:
                     top1[name] = self._top1(worker.run)
             else:
                 top1[name] = self._top1(Session(out / name / MODEL, optimize=False).run)
+        click_say(f"{label}: {top1}")
         return _Run(label, top1, record.finetuned.seconds if record.finetuned else 0.0, out)
 
     def score(self, module: nn.Module) -> float:

@@ -281,8 +281,8 @@ def _remarks(
         for group, some, want, count in zip(groups, ladder.allowed, wanted, counts, strict=True)
         if want < some[0] == count < group.units
     ]
-    floor = f"{FLOOR:.0%} of its channels and one multiple" if ladder.is_global else "one multiple"
-    least = [f"kept at the least that a layer keeps, {floor}: {_listed(limited)}"] if limited else []
+    floor = f"{FLOOR:.0%} of the channels, or one multiple," if ladder.is_global else "one multiple"
+    least = [f"no fewer than {floor} stay of a layer: {_listed(limited)}"] if limited else []
     return (*rounding_remarks(groups, multiples), *least)
 
 

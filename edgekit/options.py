@@ -94,24 +94,30 @@ FINETUNE = {
 
 PRUNE = {
     "ratio": click.option(
-        "--prune", "ratio", metavar="RATIO,...", help="Share of the channels that go; several are compared."
+        "--prune", "ratio", metavar="RATIO,...", help="Prune: share of the channels that go; several are compared."
     ),
     "macs": click.option("--macs", type=float, help="Prune: share of the multiply-accumulates that stay."),
     "speedup": click.option("--speedup", metavar="TIMES@TARGET", help="Prune: until it is so much faster, in float."),
     "latency": click.option("--latency", metavar="TIME@TARGET", help="Prune: until it takes so long, in float."),
-    "sparsity": click.option("--sparsity", metavar="SHARE|2:4", help="Prune: single weights become zero."),
-    "criterion": click.option(
-        "--criterion", help="What goes first: l1, l2, bn, taylor, hessian, random, fpgm.  [default: l1]"
+    "sparsity": click.option(
+        "--sparsity", metavar="SHARE|2:4", help="Prune: single weights become zero, the smallest."
     ),
-    "scope": click.option("--scope", help="Compare channels of all layers (global), or of each.  [default: global]"),
-    "round_to": click.option("--round-to", help="Channels are multiples of it, or auto.  [default: auto]"),
+    "criterion": click.option(
+        "--criterion", help="Prune: what goes first: l1, l2, bn, taylor, hessian, random, fpgm.  [default: l1]"
+    ),
+    "scope": click.option(
+        "--scope", help="Prune: compare channels of all layers (global), or of each.  [default: global]"
+    ),
+    "round_to": click.option("--round-to", help="Prune: to multiples of so many channels, or auto.  [default: auto]"),
     "schedule": click.option(
-        "--schedule", help="one-shot, iterative:N, during-training or from-scratch.  [default: one-shot]"
+        "--schedule", help="Prune: one-shot, iterative:N, during-training or from-scratch.  [default: one-shot]"
     ),
     "recover": click.option(
-        "--recover/--no-recover", default=None, help="Train what pruning left, as below.  [default: on]"
+        "--recover/--no-recover",
+        default=None,
+        help="Prune: train what is left, as the options for training say.  [default: on]",
     ),
-    "ignore": click.option("--ignore", metavar="LAYER,...", help="Layers that keep their channels; patterns."),
+    "ignore": click.option("--ignore", metavar="LAYER,...", help="Prune: layers that keep their channels; patterns."),
 }
 """The options of `edgekit.pruning.Prune`, by its field names."""
 

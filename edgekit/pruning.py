@@ -167,14 +167,15 @@ class Pruned(Table):
             text = f"{self.summary}: {self.sparsity:.1%} of the weights are zero"
         else:
             text = (
-                f"{self.summary}: {len(self.layers)} layers lost channels, MACs {_fewer(self.macs)}, "
+                f"{self.summary}: {len(self.layers)} layer{'s' * (len(self.layers) != 1)} lost channels, MACs {_fewer(self.macs)}, "
                 f"parameters {_fewer(self.parameters)}"
             )
         if self.speedup is not None:
             text += f"; {self.speedup:.2f}x as fast on {self.target} ({self.speedup_low:.2f} to {self.speedup_high:.2f}), in float"
         if self.before is not None and self.cut is not None:
             text += f"; metric {self.before:.4f} as it came, {self.cut:.4f} cut"
-        return text if self.after is None else f"{text}, {self.after:.4f} after recovery"
+        text = text if self.after is None else f"{text}, {self.after:.4f} after recovery"
+        return f"{text}; recovered by {self.recovered}" if self.recovered else text
 
 
 def _fewer(pair: tuple[int, int]) -> str:

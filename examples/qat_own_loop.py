@@ -69,9 +69,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="edgekit-example-") as folder:
         calibration = images[:256].numpy()
-        edgekit.compress(
-            quantized, Path(folder), calibration=calibration, target="x86-onnxruntime", method=BITS
-        )
+        edgekit.compress(quantized, Path(folder), calibration=calibration, target="x86-onnxruntime", method=BITS)
         [result] = edgekit.export(Path(folder), "x86-onnxruntime")
         print(f"{result.manifest.target}: agrees with the simulation: {result.manifest.proof.agrees}")
 

@@ -127,6 +127,20 @@ def beside(out: Path) -> set[str]:
     return {path.name for path in out.parent.iterdir() if not path.name.startswith(f".{out.name}.training")}
 
 
+@pytest.fixture
+def exported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the first export, which is only to see whether there can be one; for tests that know."""
+    from edgekit.training import export_onnx
+
+    real, calls = export_onnx.export_onnx, list[int]()
+
+    def second(*given: Any, **more: Any) -> Any:
+        calls.append(1)
+        return real(*given, **more) if len(calls) > 1 else None
+
+    monkeypatch.setattr(export_onnx, "export_onnx", second)
+
+
 # A whole compression.
 
 
@@ -152,7 +166,7 @@ def test_the_graph_has_fewer_channels(shipped: Path) -> None:
     shapes = {name: value.shape for name, value in load_annotated(shipped / "model.onnx").graph.initializers.items()}
     after = {layer.name: layer.after for layer in record.pruned.layers}
     for name, (inputs, outputs) in after.items():
-        assert tuple(shapes[f"{name}.weight"].dims[:2]) == (outputs, inputs)  # type: ignore[union-attr]
+        assert tuple(shapes[f"{name}.weight"].dims[:2]) == (outputs, inputs)
     assert sum(layer.macs for layer in record.layers) == record.pruned.macs[1]
     assert record.pruned.macs[1] < record.pruned.macs[0]
 
@@ -194,7 +208,9 @@ def test_nothing_else_is_left(shipped: Path) -> None:
     assert found == expected | {f"pruned/{name}" for name in ("program.pt2", "structure.json", "weights.safetensors")}
 
 
-def test_the_same_call_gives_the_same_bytes(shipped: Path, learned: nn.Module, tmp_path: Path) -> None:
+def test_the_same_call_gives_the_same_bytes(
+    shipped: Path, learned: nn.Module, exported_once: None, tmp_path: Path
+) -> None:
     torch.rand(7)
     plan = Finetune(data=labelled(96, 1), schedule=SHORT)
     compress(learned, tmp_path / "out", prune=RATIO, finetune=plan, evaluate=lambda run: top1(run))
@@ -252,6 +268,9 @@ proxy = "none"
 
 [method]
 calibrator = "minmax"
+rounding = "nearest"
+bias_correction = false
+smooth = false
 
 [prune]
 ratio = 0.5
@@ -268,7 +287,7 @@ track = "none"
     return folder
 
 
-def test_prune_and_qat_in_one_recipe(files: Path, cli: Cli, tmp_path: Path) -> None:
+def test_prune_and_qat_in_one_recipe(files: Path, cli: Cli, exported_once: None, tmp_path: Path) -> None:
     """And from the saved stage the same comes out."""
     done = cli("compress", files / "net.pt", "-o", tmp_path / "out", "--recipe", files / "recipe.toml")
     assert done.code == 0, done.stderr
@@ -287,16 +306,17 @@ def test_prune_and_qat_in_one_recipe(files: Path, cli: Cli, tmp_path: Path) -> N
     graph = load_annotated(tmp_path / "out" / "model.onnx").graph
     grids = [get_params(value) for value in annotated_values(graph)]
     assert sum(params is not None and params.fixed for params in grids) >= 7
+    compared: set[str] = set()
     plan = Finetune(qat=True, schedule=Schedule(steps=4, batch_size=16, track="none"))
-    again = compress(
-        edgekit.load(tmp_path / "out"), tmp_path / "again", method=Method(calibrator="minmax"), finetune=plan
-    )
-    assert again.finetuned is not None
-    images = {"image": labelled(16, 9)["image"]}
-    [ours], [theirs] = (
-        list(Session(tmp_path / name / "model.onnx", optimize=False).run(images).values()) for name in ("again", "out")
-    )
-    assert np.abs(ours - theirs).max() < 0.02 * np.abs(theirs).max()
+    again = Tuning(plan, None, load_target("portable"), QUICK, 32, None, None, tmp_path / "again", lambda *_: None)
+    module = again.train(open_data(IMAGES), edgekit.load(tmp_path / "out"), Source(name="net", kind="module"))
+    for name, value in module.named_parameters():
+        if name in graph.initializers and value.ndim > 1:
+            there = graph.initializers[name].const_value
+            assert there is not None
+            assert np.abs(there.numpy() - value.detach().numpy()).max() < 1e-6, name
+            compared.add(name)
+    assert len(compared) == 4
 
 
 def test_the_command_line_overrides_the_recipe(files: Path, cli: Cli, no_export: None, tmp_path: Path) -> None:
@@ -373,10 +393,10 @@ def test_gradients_are_of_labels_where_there_are_any(labels: bool, criterion: st
     says, and surely, depends on none: then the first channels stay."""
     net = fresh()
     with torch.no_grad():
-        net.second.bias.copy_(torch.arange(1.0, 25.0))  # type: ignore[union-attr, operator]
-        net.second.weight[::2] *= 4.0  # type: ignore[index]
-        net.third.weight[:, ::2] *= 1e-4  # type: ignore[index]
-        net.head.bias[0] += 200.0  # type: ignore[index]
+        net.second.bias.copy_(torch.arange(1.0, 25.0))
+        net.second.weight[::2] *= 4.0
+        net.third.weight[:, ::2] *= 1e-4
+        net.head.bias[0] += 200.0
     data = {"image": IMAGES["image"], "labels": np.zeros(48, np.int64)}
     plan = Finetune(data=data if labels else None, schedule=Schedule(steps=1, learning_rate=1e-9, track="none"))
     prune = Prune(ratio=0.5, criterion=criterion, ignore=("first",), round_to=0)
@@ -533,7 +553,7 @@ def artifact(out: Path) -> dict[str, LayerSparsity]:
     return {layer.name: layer for layer in graph_sparsity(load_onnx(made.folder / "model.onnx"))}
 
 
-def test_two_of_four_survive_recovery_and_rounding(learned: nn.Module, tmp_path: Path) -> None:
+def test_two_of_four_survive_recovery_and_rounding(learned: nn.Module, exported_once: None, tmp_path: Path) -> None:
     record = compress(learned, tmp_path / "out", prune=Prune(sparsity="2:4"), finetune=RECOVERY, method=EVERYTHING)
     assert record.pruned is not None
     assert record.pruned.sparsity == 0.5
@@ -547,7 +567,7 @@ def test_two_of_four_survive_recovery_and_rounding(learned: nn.Module, tmp_path:
     assert [note for note in record.notes if "no CPU runtime" in note] != []
 
 
-def test_zeros_survive_training_with_quantizers(learned: nn.Module, tmp_path: Path) -> None:
+def test_zeros_survive_training_with_quantizers(learned: nn.Module, exported_once: None, tmp_path: Path) -> None:
     plan = Prune(sparsity=0.6, schedule="during-training")
     record = compress(learned, tmp_path / "out", prune=plan, finetune=Finetune(qat=True, schedule=SHORT))
     assert record.pruned is not None and record.finetuned is not None
@@ -628,21 +648,20 @@ def test_no_layer_is_emptied(share: float, learned: nn.Module, tmp_path: Path) -
         module, done = tuned(tmp_path / "out", learned, plan, None)
         assert all(min(shape) >= least for shape in widths(module).values())
         text = " ".join(done.pruned.remarks)
-        assert "the least that a layer keeps" in text and "instead of" in text
+        assert "stay of a layer" in text and "instead of" in text
 
 
 def test_a_graph_is_no_source_for_cutting(learned: nn.Module, no_export: None, tmp_path: Path) -> None:
     """Neither a program, nor what was loaded, nor what has quantizers; single weights are another matter."""
     module = loaded(learned, tmp_path / "stored")
-    sources = [tmp_path / "stored" / "program.pt2", module, quantized(learned)]
-    for source in sources:
+    for source in (tmp_path / "stored" / "program.pt2", module, quantized(learned)):
         with pytest.raises(SourceError, match=r"graph.*--model.*--sparsity") as caught:
             compress(source, tmp_path / "out", prune=RATIO)
         assert "\n" not in str(caught.value)
         assert beside(tmp_path / "out") == {"stored"}
 
 
-def test_a_program_can_be_made_sparse(learned: nn.Module, tmp_path: Path) -> None:
+def test_a_program_can_be_made_sparse(learned: nn.Module, exported_once: None, tmp_path: Path) -> None:
     loaded(learned, tmp_path / "stored")
     record = compress(
         tmp_path / "stored" / "program.pt2",
@@ -750,13 +769,17 @@ def test_an_earlier_result_survives_a_failure(
         assert beside(out) == {"out"}
 
 
-def test_a_failure_after_pruning_leaves_nothing(tmp_path: Path) -> None:
-    bad = fresh()
-    with torch.no_grad():
-        bad.get_parameter("bn.bias")[3] = float("nan")
-    plan = Prune(ratio=0.1, round_to=0, recover=False, criterion=lambda group: torch.arange(group.units, 0, -1))
-    with pytest.raises(EdgekitError, match="NaN"):
-        compress(bad, tmp_path / "out", prune=plan)
+def test_a_failure_after_pruning_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def fails_later(*_: Any, **__: Any) -> None:
+        calls.append(1)
+        if len(calls) > 1:
+            raise SourceError("not any more")
+
+    monkeypatch.setattr("edgekit.training.export_onnx.export_onnx", fails_later)
+    with pytest.raises(SourceError, match="not any more"):
+        compress(fresh(), tmp_path / "out", prune=Prune(ratio=0.5, recover=False))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -770,7 +793,9 @@ def test_another_model_takes_the_pruned_one_away(shipped: Path, tiny: TinyFiles,
     assert not (out / "pruned").exists()
 
 
-def test_what_cannot_be_stored_is_shipped_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_cannot_be_stored_is_shipped_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, exported_once: None, tmp_path: Path
+) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise SourceError("no program can be made of it")
 

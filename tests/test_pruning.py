@@ -211,7 +211,7 @@ def test_what_is_told() -> None:
         summary="ratio 0.5, by l1, global, one-shot", layers=(layer,), macs=(2200, 1300), parameters=(100, 50)
     )
     assert plain.told == (
-        "ratio 0.5, by l1, global, one-shot: 1 layers lost channels, MACs 2,200 to 1,300 (59%), parameters 100 to 50 (50%)"
+        "ratio 0.5, by l1, global, one-shot: 1 layer lost channels, MACs 2,200 to 1,300 (59%), parameters 100 to 50 (50%)"
     )
     metrics = plain.model_copy(update={"before": 0.9, "cut": 0.25, "after": 0.875}).told
     assert [text for text in ("0.9000 as it came", "0.2500 cut", "0.8750 after recovery") if text not in metrics] == []

@@ -11,7 +11,7 @@ from typing import Any
 import onnx_ir as ir
 
 from edgekit.data import Dataset, Preprocess, example_arrays
-from edgekit.errors import DataError, SourceError
+from edgekit.errors import SourceError
 from edgekit.finetune import Finetune, Finetuned
 from edgekit.method import Method
 from edgekit.metric import open_metric
@@ -22,18 +22,6 @@ from edgekit.progress import Progress
 from edgekit.pruning import Prune, Pruned
 from edgekit.records import Source
 from edgekit.target import Target
-
-
-def check_together(plan: Finetune | None, prune: Prune | None) -> None:
-    """Refuse training that pruning would leave no place for.
-
-    Raises:
-        DataError: `plan` describes training in float, and `prune` asks for none.
-    """
-    if plan is not None and prune is not None and not prune.recover and not plan.qat:
-        raise DataError(
-            "training is described, and recover is false after pruning: nothing would be trained; drop one of them"
-        )
 
 
 @dataclass(slots=True)

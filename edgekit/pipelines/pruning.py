@@ -11,7 +11,7 @@ from typing import Any
 from edgekit.channel_choice import Chosen, by_macs, by_ratio
 from edgekit.channels import Group, LayerCost, kept_shares, total_macs
 from edgekit.distillation import Distillation
-from edgekit.errors import GoalError
+from edgekit.errors import DataError, GoalError
 from edgekit.finetune import Finetune, Finetuned
 from edgekit.pipelines.prune_timing import Timing, TorchModel, multiples_for
 from edgekit.progress import Progress
@@ -64,6 +64,18 @@ def prune_module(job: PruneJob, module: Any) -> tuple[Any, Any, Pruned]:
     if job.plan.sparsity is not None:
         return _sparsified(job, module, before)
     return _cut(job, module, before)
+
+
+def check_together(plan: Finetune | None, prune: Prune | None) -> None:
+    """Refuse training that pruning would leave no place for.
+
+    Raises:
+        DataError: `plan` describes training in float, and `prune` asks for none.
+    """
+    if plan is not None and prune is not None and not prune.recover and not plan.qat:
+        raise DataError(
+            "training is described, and recover is false after pruning: nothing would be trained; drop one of them"
+        )
 
 
 def recovering(plan: Finetune | None, prune: Prune, teacher: Any) -> Finetune:

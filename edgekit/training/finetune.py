@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import islice
@@ -24,7 +23,7 @@ from edgekit.progress import Progress
 from edgekit.reference import resolve_reference
 from edgekit.target import Target
 from edgekit.training.batches import Share, TrainData, input_names
-from edgekit.training.checkpoint import evaluating
+from edgekit.training.checkpoint import copied, evaluating
 from edgekit.training.distill import task_loss
 from edgekit.training.forward import named_tensors
 from edgekit.training.loop import Trained, train
@@ -82,7 +81,7 @@ def finetune(
     if plan.qat:
         student: nn.Module = prepare_qat(module, calibration, rules, method=method, scales=plan.scales, taps=taps)
     else:
-        student = copy.deepcopy(module)  # as it is: BatchNorm that is folded trains badly where little is learned yet
+        student = copied(module)  # as it is: BatchNorm that is folded trains badly where little is learned yet
     start = measure(student) if measure else None
     data = open_data_for(plan, module, calibration, preprocess, on_progress)
     [batch] = first_batches(data, plan, 1)
@@ -129,7 +128,7 @@ def freezing(module: nn.Module, share: float) -> Callable[[int, int], None]:
 def _teacher(plan: Finetune, module: nn.Module) -> nn.Module:
     """Who teaches: the model as it came, or what the plan names."""
     if plan.teacher is None:
-        return copy.deepcopy(module)
+        return copied(module)
     made = (
         resolve_reference(plan.teacher, error=DataError, what="--teacher")
         if isinstance(plan.teacher, str)

@@ -20,6 +20,7 @@ from edgekit.training.forward import Array, Call, as_array, exportable, plain_ca
 from edgekit.training.prune.costs import layer_costs
 from edgekit.training.prune.couplings import Coupling, couple, trace
 from edgekit.training.prune.cut import Cut, prove, remove_units
+from edgekit.training.prune.followers import followers
 from edgekit.training.prune.heads import RECORDS, Attention, find_attention
 from edgekit.training.prune.padded_forward import replace_padding
 from edgekit.training.prune.padding import is_selection, replace_shortcuts
@@ -274,7 +275,8 @@ class _Trial:
             if not self._wrong(couplings):
                 return tuple(couplings)
             self.records = before
-        self.failed[one.name] = wrong
+        through = followers(self._module, self._call, one.name)
+        self.failed[one.name] = f"{wrong} (what it makes goes through {some(through)})" if through else wrong
         return ()
 
     def _wrong(self, couplings: Sequence[Coupling]) -> str:
