@@ -29,9 +29,9 @@ from edgekit.output import check_folder, replaced_files, sha256, write_text
 from edgekit.pictures import draw, why_none
 from edgekit.pipelines.decision import Decision, bound, decision_notes, metric_decision, open_decision, settle
 from edgekit.pipelines.finetune import Tuning
-from edgekit.pipelines.pruning import check_together
 from edgekit.pipelines.floor import Goal, changed_answer, lift_notes, look_at_worst, make_goal, meet
 from edgekit.pipelines.floor import explain as measure_layers
+from edgekit.pipelines.pruning import check_together
 from edgekit.pipelines.quantize import Calibrating, quantize
 from edgekit.pipelines.remarks import dequantized, remarks, stays_float
 from edgekit.pipelines.search import find_method, forget, make_plan, search_notes
