@@ -48,7 +48,8 @@ class Schedule(Table):
             steps, or "constant".
         warm_up: a share of all steps (below 1), or a number of steps, over which the learning rate rises from near 0.
         batch_size: samples that one process takes through the network at once.
-        clip_norm: longest gradient, as one vector of all parameters; a longer one is shortened to it. 0 is no limit.
+        clip_norm: longest gradient, as one vector of all parameters; a longer one is shortened to it. 0 is no limit. SGD
+            on networks of 4 bits, whose BatchNorms are folded, may diverge without one.
         accumulate: batches whose gradients are averaged for one step.
         mixed_precision: type that the network computes in, where that is safe; parameters stay float32. "fp16" needs a GPU.
         seed: of the order of samples, augmentation and dropout.
@@ -72,7 +73,7 @@ class Schedule(Table):
     decay: Literal["cosine", "step", "constant"] = "cosine"
     warm_up: NotNegative = 0.05
     batch_size: AtLeastOne = 64
-    clip_norm: NotNegative = 1.0
+    clip_norm: NotNegative = 0.0
     accumulate: AtLeastOne = 1
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

@@ -340,7 +340,7 @@ def test_the_steps_are_told_in_order(tiny: TinyFiles, tmp_path: Path) -> None:
 
 
 def test_the_calls_are_typed_and_stay_functions() -> None:
-    calls = ["benchmark", "compress", "export"]
+    calls = ["benchmark", "compress", "export", "load"]
     assert edgekit.__all__ == ["LayerMethod", "Method", *calls]
     for name in calls:
         function = getattr(edgekit, name)

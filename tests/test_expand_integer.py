@@ -316,7 +316,7 @@ def test_dequantize_beside_what_it_would_ignore_is_refused(
     )
     done = cli(*words, "-o", str(tmp_path / "out"))
     assert (done.code, done.stdout) == (5, "")
-    assert "--dequantize gives the float model and quantizes nothing: drop what says how to quantize" in done.stderr
+    assert "--dequantize gives the float model and changes nothing: drop what says how to quantize" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -197,10 +197,11 @@ def test_a_state_is_restored_and_quantizers_can_be_switched_off() -> None:
 def test_binary_weights_are_signs_times_the_mean_magnitude() -> None:
     params = QuantParams("int2", np.ones(2, np.float32), np.zeros(2, np.int64), axis=0, narrow_range=True)
     binarize = Binarize(params).train()
-    weight = torch.tensor([[0.5, -1.5, 0.0], [2.0, 1.0, -0.6]], requires_grad=True)
+    weight = torch.tensor([[0.5, -1.5, 0.0], [2.0, 0.9, -0.6]], requires_grad=True)
     made = binarize(weight)
-    scales = [2 / 3, 1.2]  # the rows' means of magnitudes
-    assert torch.equal(made, torch.tensor([[1, -1, 1], [1, 1, -1]]) * torch.tensor(scales)[:, None])
+    scales = [2 / 3, 3.5 / 3]  # the rows' means of magnitudes
+    assert torch.allclose(made, torch.tensor([[1, -1, 1], [1, 1, -1]]) * torch.tensor(scales)[:, None])
+    assert len(made.detach().abs().unique()) == 2
     gradient = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     made.backward(gradient)
     # Through the sign where a weight is within 1, times the scale; and through the scale, a third of each sign for every element.

@@ -111,7 +111,7 @@ def _is_point(value: ir.Value | None, point: ir.Value | None, *, axis: int, bloc
     codes, points = _numbers(value), np.zeros((), np.int64) if point is None else _numbers(point)
     if codes is None or points is None:
         return None
-    if block:
+    if block and points.ndim:
         points = np.repeat(points, block, axis=axis).take(np.arange(codes.shape[axis]), axis=axis)
     elif points.ndim == 1:
         points = np.expand_dims(points, [place for place in range(codes.ndim) if place != axis % codes.ndim])
