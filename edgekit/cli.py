@@ -126,7 +126,7 @@ def compress(
     """Quantize SOURCE (.pt, .pth, .th, .safetensors, .pt2 or .onnx) for every target, after training or (--qat) while training."""
     from edgekit.console import progress_bars
     from edgekit.pipelines.compress import compress as run
-    from edgekit.pipelines.recipe import Recipe, few_bits, load_recipe, merged_finetune, merged_method, merged_prune
+    from edgekit.pipelines.recipe import Recipe, few_bits, load_recipe, merged_finetune, merged_method, merged_prunes
     from edgekit.target import PORTABLE
 
     if portable and target:
@@ -138,14 +138,7 @@ def compress(
     method = merged_method(file.method, {name: given.pop(name) for name in METHOD & given.keys()}, layers, keep_float)
     finetune = merged_finetune(file.finetune, {name: given.pop(name) for name in FINETUNE & given.keys()})
     pruning = {name: given.pop(name) for name in PRUNE & given.keys()}
-    given_ratios = pruning.pop("ratio", None)
-    ratios = [part.strip() for part in (given_ratios or "").split(",") if part.strip()]
-    if given_ratios is not None and not ratios:
-        raise click.UsageError(
-            f"--prune {given_ratios!r} names no ratio; expected numbers between 0 and 1, such as 0.5 or 0.2,0.4"
-        )
-    plans = [merged_prune(file.prune, pruning | {"ratio": ratio}) for ratio in ratios]
-    plans = plans or [merged_prune(file.prune, pruning)]
+    plans = merged_prunes(file.prune, pruning)
     options |= given
     options |= {"target": PORTABLE} if portable else {"target": target} if target else {}
     options.setdefault("target", PORTABLE)
@@ -165,6 +158,10 @@ def compress(
                 **options,
             )
 
+        if len(plans) > 1 and "evaluate" not in options:
+            raise click.UsageError(
+                "--prune with several ratios compares their accuracy: give the metric with --evaluate"
+            )
         if len(plans) > 1:
             _compare(out, plans, one, options["target"], on_progress, as_json=as_json)
             return

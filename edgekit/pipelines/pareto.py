@@ -30,7 +30,7 @@ class Point(Table):
     Attributes:
         ratio: of the channels that went.
         macs: share of the multiply-accumulates that stayed.
-        metric: what `--evaluate` gave for the artifact, or where there is no metric how far it decides as the pruned float model does.
+        metric: what `--evaluate` gave for the artifact; None where it could not run.
         ms: median latency of the artifact, one sample at a time; None where it could not be measured.
         float_ms: of the pruned model in float32.
     """
@@ -120,7 +120,7 @@ def _runs_here(name: str) -> bool:
 
 
 def _point(plan: Prune, macs: float, manifest: Manifest, measured: Benchmark | None) -> Point:
-    metric = manifest.metric or manifest.proxy
+    metric = manifest.metric  # no proxy, which compares with a model that was pruned itself
     times = {timing.label: timing.median_ms for timing in measured.timings} if measured else {}
     return Point(
         ratio=plan.ratio or 0.0,

@@ -112,6 +112,23 @@ def merged_prune(base: Prune | None, given: Mapping[str, Any]) -> Prune | None:
     return validate({**fields, **given}, Prune, path=Path("command line"))
 
 
+def merged_prunes(base: Prune | None, given: Mapping[str, Any]) -> list[Prune | None]:
+    """The same for each of the ratios, which the command line may list with commas.
+
+    Raises:
+        TargetError: as `merged_prune`, or no ratio is named.
+    """
+    listed = given.get("ratio")
+    if listed is None:
+        return [merged_prune(base, given)]
+    ratios = [part.strip() for part in str(listed).split(",") if part.strip()]
+    if not ratios:
+        raise TargetError(
+            f"--prune {listed!r} names no ratio; expected numbers between 0 and 1, such as 0.5 or 0.2,0.4"
+        )
+    return [merged_prune(base, {**given, "ratio": ratio}) for ratio in ratios]
+
+
 def few_bits(bits: str | None, given: Mapping[str, Any]) -> dict[str, str]:
     """What `--bits` stands for among the fields of a method.
 
