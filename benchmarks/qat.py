@@ -5,18 +5,15 @@ python benchmarks/qat.py --only step
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import click
-from claims import FAIL
 from qat_digits import digits_section
 from qat_parity import parity_section
-from qat_part import Part
+from qat_part import Part, run
 from qat_resnet20 import resnet20_section
 from qat_step import step_section
-from tables import setting
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS: dict[str, Callable[[Path, Path], Part]] = {
@@ -41,18 +38,7 @@ SECTIONS: dict[str, Callable[[Path, Path], Part]] = {
 @click.option("--output", type=click.Path(path_type=Path), help="benchmarks/results/qat.md unless --only is given.")
 def main(only: str | None, zoo: Path, output: Path | None) -> None:
     """Print the tables and write them to a file; exit with 1 when a claim fails."""
-    sections = []
-    for name in [only] if only else SECTIONS:
-        with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
-            sections.append(SECTIONS[name](zoo, Path(folder)))
-            click.echo(sections[-1].markdown())
-    text = "\n".join([*(section.markdown() for section in sections), setting()])
-    if output is None and not only:
-        output = ROOT / "benchmarks" / "results" / "qat.md"
-    if output is not None:
-        output.write_text(text, encoding="utf-8")
-    if any(claim.verdict == FAIL for section in sections for claim in section.claims):
-        raise SystemExit(1)
+    run(SECTIONS, only, zoo, output, "qat.md")
 
 
 if __name__ == "__main__":
