@@ -70,6 +70,10 @@ class Prune(Table):
             raise ValueError(f"speedup is {self.speedup!r}; expected TIMES@TARGET, such as 2.0@x86-openvino")
         if self.latency is not None and not _LATENCY.fullmatch(self.latency):
             raise ValueError(f"latency is {self.latency!r}; expected TIME@TARGET, such as 3ms@x86-openvino")
+        if self.timed is not None and "scope" in self.model_fields_set:
+            raise ValueError(
+                "scope is for ratio, macs and sparsity; a goal in time compares channels of all layers: leave it out"
+            )
         if self.timed is not None and self.timed[1] <= (1 if self.speedup is not None else 0):
             asked = self.speedup or self.latency
             raise ValueError(f"{asked!r} asks for no cut; expected a speed-up above 1, or a time above 0")

@@ -93,7 +93,7 @@ def _segments(nodes: Sequence[ir.Node], sizes: Mapping[str, int]) -> Iterator[li
     size = max(1, -(-len(nodes) // SEGMENTS))
     for start in range(0, len(nodes), size):
         by_name = {node.outputs[0].name or "": node for node in nodes[start : start + size]}
-        for part in in_parts(by_name, sizes, WATCHED_BYTES):
+        for part in in_parts(by_name, lambda name: sizes.get(name, 0), WATCHED_BYTES):
             yield [by_name[name] for name in part]
 
 

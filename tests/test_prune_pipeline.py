@@ -183,7 +183,9 @@ def test_the_record_tells_all_of_it(shipped: Path) -> None:
     assert pruned.before > 0.7 and pruned.before > pruned.cut
     assert "labels" in pruned.recovered and "response" in pruned.recovered  # the unpruned model teaches beside them
     assert record.finetuned is None
-    assert record.float_metric is not None and record.float_metric.value == pytest.approx(pruned.after, abs=0.01)
+    assert record.float_metric is not None and record.float_metric.value == pruned.before  # what users have
+    assert record.simulated_metric is not None
+    assert record.simulated_metric.value == pytest.approx(pruned.after, abs=0.02)
     assert [remark for remark in pruned.remarks if remark not in record.notes] == []
 
 
@@ -534,8 +536,11 @@ def test_other_weights_do_not_go_on_from_these_checkpoints(tmp_path: Path) -> No
 
 def test_another_choice_may_be_tried_into_the_same_folder(tmp_path: Path) -> None:
     for plan in (RATIO, Prune(ratio=0.5, criterion="l2"), Prune(ratio=0.5, ignore=("second",)), Prune(macs=0.5), RATIO):
-        tuned(tmp_path / "out", fresh(), plan)
-    tuned(tmp_path / "out", fresh(), RATIO, Finetune(schedule=SHORT.model_copy(update={"steps": 5})))
+        _, done = tuned(tmp_path / "out", fresh(), plan)
+        assert done.pruned.summary == plan.summary
+        assert "from step" not in done.pruned.recovered
+    _, done = tuned(tmp_path / "out", fresh(), RATIO, Finetune(schedule=SHORT.model_copy(update={"steps": 5})))
+    assert ": 5 steps in" in done.pruned.recovered
 
 
 def test_features_teach_what_was_cut(learned: nn.Module, tmp_path: Path) -> None:

@@ -219,3 +219,8 @@ def test_what_is_told() -> None:
     assert "1.80x as fast on x86-openvino (1.75 to 1.85), in float" in plain.model_copy(update=timed).told
     assert Pruned(summary="sparsity 2:4", sparsity=0.5).told == "sparsity 2:4: 50.0% of the weights are zero"
     assert Pruned.model_validate_json(plain.model_dump_json()) == plain
+
+
+def test_a_goal_in_time_takes_no_scope() -> None:
+    with pytest.raises(TargetError, match="a goal in time compares channels of all layers"):
+        merged_prune(None, {"speedup": "2@x86-openvino", "scope": "layer"})

@@ -73,8 +73,8 @@ def test_so_many_samples_run_together_as_fit(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_parts_are_as_large_as_allowed_or_one_value() -> None:
     sizes = {"a": 4, "b": 5, "c": 20, "d": 1, "e": 2}
-    assert list(in_parts("abcde", sizes, 9)) == [["a", "b"], ["c"], ["d", "e"]]
-    assert list(in_parts("", sizes, 9)) == []
+    assert list(in_parts("abcde", lambda name: sizes.get(name, 0), 9)) == [["a", "b"], ["c"], ["d", "e"]]
+    assert list(in_parts("", lambda name: sizes.get(name, 0), 9)) == []
 
 
 def test_values_come_in_parts_and_are_the_same() -> None:

@@ -7,7 +7,7 @@ content chooses it, its shape chooses the positions), so that neither the order 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -317,20 +317,3 @@ def _spread(size: int, count: int) -> NDArray[np.intp]:
         (np.arange(count) * size // count + (np.arange(count) * 7919) % max(1, size // count)).clip(0, size - 1)
     )
     return np.asarray(picked, np.intp)
-
-
-def in_groups(
-    layers: Iterable[LinearLayer], size_of: Callable[[LinearLayer], int], most: int
-) -> Iterator[list[LinearLayer]]:
-    """Layers in order, in groups whose sizes add up to at most `most` (or one layer)."""
-    group: list[LinearLayer] = []
-    size = 0
-    for layer in layers:
-        own = size_of(layer)
-        if group and size + own > most:
-            yield group
-            group, size = [], 0
-        group.append(layer)
-        size += own
-    if group:
-        yield group

@@ -14,7 +14,6 @@ from edgekit.calibration.layer_rows import (
     LinearLayer,
     RowsKey,
     array_of,
-    in_groups,
     linear_layers,
     matrix,
     numbers,
@@ -24,6 +23,7 @@ from edgekit.calibration.layer_rows import (
 )
 from edgekit.data import Batch
 from edgekit.graph.annotations import get_params, set_params
+from edgekit.graph.sizes import in_parts
 from edgekit.method import Method
 from edgekit.quant.affine import fake_quantize
 from edgekit.quant.gptq import gptq
@@ -57,7 +57,7 @@ def round_weights(
     model = model.clone()
     layers = [layer for layer in linear_layers(model.graph) if _wanted(layer, method)]
     done = 0
-    for group in in_groups(layers, _hessian_bytes, HESSIAN_BYTES):
+    for group in in_parts(layers, _hessian_bytes, HESSIAN_BYTES):
         hessians = _hessians(model, group, batches, samples=samples, threads=threads)
         for layer in group:
             hessian = hessians.get(rows_key(layer))

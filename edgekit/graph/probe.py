@@ -74,4 +74,5 @@ class Probe:
     def _parts(self, feeds: Mapping[str, NDArray[np.generic]]) -> list[list[str]]:
         if len(self._computed) < 2:
             return [self._computed] if self._computed else []
-        return list(in_parts(self._computed, value_bytes(self._model, feeds), self._most_bytes))
+        sizes = value_bytes(self._model, feeds)
+        return list(in_parts(self._computed, lambda name: sizes.get(name, 0), self._most_bytes))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 Arrays = Mapping[str, NDArray[np.generic]]
+Item = TypeVar("Item")
 
 HELD_BYTES = 384 << 20
 """Of activations that are alive at once, where there is a choice."""
@@ -63,16 +65,16 @@ def samples_at_once(model: ir.Model, feeds: Arrays, most: int, *, held: Collecti
     return max(1, min(most, HELD_BYTES * max(1, count) // max(1, peak_bytes(model, feeds, held))))
 
 
-def in_parts(names: Iterable[str], sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:
-    """Names in order, in parts whose values take at most `most` bytes together, or are one value."""
-    part: list[str] = []
+def in_parts(items: Iterable[Item], size_of: Callable[[Item], int], most: int) -> Iterator[list[Item]]:
+    """Items in order, in parts whose sizes add up to at most `most`, or that are one item."""
+    part: list[Item] = []
     held = 0
-    for name in names:
-        own = sizes.get(name, 0)
+    for item in items:
+        own = size_of(item)
         if part and held + own > most:
             yield part
             part, held = [], 0
-        part.append(name)
+        part.append(item)
         held += own
     if part:
         yield part

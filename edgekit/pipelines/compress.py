@@ -337,7 +337,8 @@ def _notes(
         search_notes(record.searched),
         lift_notes(record.lifted, judge.name if judge and not asked else ""),
         decision_notes(record.proxy),
-        changed_answer(record.lifted, record.float_metric),
+        # What was cut or trained is held against the model as it came, which is not the one that a floor was sought from.
+        changed_answer(record.lifted, None if record.pruned or record.finetuned else record.float_metric),
         loaded.remarks,
         record.finetuned.remarks if record.finetuned else (),
         record.pruned.remarks if record.pruned else (),
@@ -361,14 +362,17 @@ def _remarks(graph: ir.Model, rules: Target, loaded: _Loaded, method: Method) ->
 def _measured(decision: Decision | None, decided: ProxyRecord | None, tuning: Tuning | None) -> dict[str, Any]:
     """The metric, in float and with all numbers on their grids, or what stood in for it.
 
-    What was trained with its rounding is held against the model as it came: without the rounding its weights are nobody's model.
+    What was pruned, or trained with its rounding, is held against the model as it came: that is what users have, and without the rounding
+    the weights of the other are nobody's model.
     """
     if decision is None or decided is None or decision.float_metric is None:
         return {"proxy": decided}
     before = decision.float_metric
     found = tuning.found if tuning is not None and tuning.plan is not None and tuning.plan.qat else None
-    if found is not None and found.before is not None:
-        before = Metric(name=before.name, value=found.before)
+    pruned = tuning.pruned if tuning is not None else None
+    came = next((one.before for one in (pruned, found) if one is not None and one.before is not None), None)
+    if came is not None:
+        before = Metric(name=before.name, value=came)
     return {"float_metric": before, "simulated_metric": Metric(name=before.name, value=decided.after)}
 
 

@@ -15,7 +15,6 @@ from edgekit.calibration.layer_rows import (
     LinearLayer,
     array_of,
     collect_rows,
-    in_groups,
     linear_layers,
     matrix,
     numbers,
@@ -24,6 +23,7 @@ from edgekit.calibration.layer_rows import (
 from edgekit.data import Batch
 from edgekit.graph.annotations import get_params, set_params
 from edgekit.graph.operators import bias_place
+from edgekit.graph.sizes import in_parts
 from edgekit.method import Method
 from edgekit.quant.affine import fake_quantize
 from edgekit.quant.spec import QuantParams
@@ -70,7 +70,7 @@ def round_layers(
     layers = [layer for layer in linear_layers(model.graph) if _wanted(layer, method)]
     waiting = sum(map(_cost, layers))
     done = 0
-    for group in in_groups(layers, _rows_bytes, ROWS_BYTES):
+    for group in in_parts(layers, _rows_bytes, ROWS_BYTES):
         if time.monotonic() >= deadline:
             break
         found = collect_rows(model, group, batches, samples=samples, rows=ROWS, threads=threads)
