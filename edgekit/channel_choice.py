@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from edgekit.channels import Choice, Group, LayerCost, total_macs
 from edgekit.errors import DataError, GoalError
+from edgekit.words import some
 
 Scope = Literal["global", "layer"]
 Multiples = Mapping[str, int] | int
@@ -24,7 +25,6 @@ FLOOR = 0.1
 FEWEST_MULTIPLES = 2
 """Of a multiple that fits a group, the group has so many at least: it can lose a half."""
 _RATIO_STEPS = 4096
-_MOST_NAMES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,9 +192,9 @@ def rounding_remarks(groups: Sequence[Group], multiples: Multiples) -> tuple[str
             near.append(f"{group.name} ({step * group.width} instead of {multiple})")
     found = []
     if fixed:
-        found.append(f"too few channels to keep a multiple of them, so all are kept: {_listed(fixed)}")
+        found.append(f"too few channels to keep a multiple of them, so all are kept: {some(fixed)}")
     if near:
-        found.append(f"channels go in units that make no such multiple, so they are rounded to others: {_listed(near)}")
+        found.append(f"channels go in units that make no such multiple, so they are rounded to others: {some(near)}")
     return tuple(found)
 
 
@@ -282,10 +282,5 @@ def _remarks(
         if want < some[0] == count < group.units
     ]
     floor = f"{FLOOR:.0%} of the channels, or one multiple," if ladder.is_global else "one multiple"
-    least = [f"no fewer than {floor} stay of a layer: {_listed(limited)}"] if limited else []
+    least = [f"no fewer than {floor} stay of a layer: {some(limited)}"] if limited else []
     return (*rounding_remarks(groups, multiples), *least)
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-    return ", ".join(names[:_MOST_NAMES]) + more

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from edgekit.toml_file import Table
+from edgekit.words import nearest
 
 RESPONSE, FEATURE, ATTENTION, RKD, SIMILARITY = "response", "feature", "attention", "rkd", "similarity"
 KINDS = (RESPONSE, FEATURE, ATTENTION, RKD, SIMILARITY)
@@ -24,8 +24,8 @@ def _listed(value: object) -> object:
 def _known_kinds(kinds: tuple[str, ...]) -> tuple[str, ...]:
     for kind in kinds:
         if kind not in KINDS:
-            near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            near = nearest(kind, KINDS)
+            hint = f"did you mean {near!r}? " if near else ""
             raise ValueError(f"{kind!r} is no kind of distillation; {hint}known kinds: {', '.join(KINDS)}")
     if not kinds:
         raise ValueError(f"no kind is named; known kinds: {', '.join(KINDS)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
@@ -11,6 +10,7 @@ from pydantic import AfterValidator, Field
 from edgekit.quant.estimators import ESTIMATORS
 from edgekit.quant.spec import QuantSpec
 from edgekit.toml_file import Table
+from edgekit.words import nearest
 
 Precision = Literal["int2", "int4", "int8", "int16", "float"]
 WeightType = Literal["int8", "int4", "uint4", "int2", "uint2", "binary"]
@@ -26,8 +26,8 @@ CALIBRATORS = (AUTO, EASYQUANT, *ESTIMATORS)
 
 def _known_calibrator(name: str) -> str:
     if name not in CALIBRATORS:
-        near = difflib.get_close_matches(name, CALIBRATORS, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        near = nearest(name, CALIBRATORS)
+        hint = f"did you mean {near!r}? " if near else ""
         raise ValueError(f"{hint}known calibrators: {', '.join(CALIBRATORS)}")
     return name
 

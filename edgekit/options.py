@@ -99,6 +99,7 @@ PRUNE = {
     "macs": click.option("--macs", type=float, help="Prune: share of the multiply-accumulates that stay."),
     "speedup": click.option("--speedup", metavar="TIMES@TARGET", help="Prune: until it is so much faster, in float."),
     "latency": click.option("--latency", metavar="TIME@TARGET", help="Prune: until it takes so long, in float."),
+    "blocks": click.option("--blocks", type=int, help="Prune: leave out so many whole blocks of a stack."),
     "sparsity": click.option(
         "--sparsity", metavar="SHARE|2:4", help="Prune: single weights become zero, the smallest."
     ),

@@ -6,7 +6,6 @@ ratio can hide lost decisions, and a low one need not lose any.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from edgekit.boxes import LEAST_SCORE, both_found, boxes_and_scores, detection_m
 from edgekit.errors import DataError
 from edgekit.metric import Evaluate, Runner
 from edgekit.records import Metric
+from edgekit.words import nearest
 
 Array = NDArray[Any]
 Arrays = Mapping[str, Array]
@@ -72,8 +72,8 @@ def choose_proxy(floats: Sequence[Arrays], feeds: Sequence[Arrays], kind: str = 
         DataError: no such proxy, or no output suits it.
     """
     if kind not in (AUTO, *PROXIES):
-        near = difflib.get_close_matches(kind, [AUTO, NONE, *PROXIES], n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        near = nearest(kind, [AUTO, NONE, *PROXIES])
+        hint = f"did you mean {near!r}? " if near else ""
         raise DataError(f"--proxy {kind!r} is none; {hint}known: {', '.join((AUTO, NONE, *PROXIES))}")
     same = [batch for batch in floats if _shapes(batch) == _shapes(floats[0])]
     given = [batch for batch, output in zip(feeds, floats, strict=True) if _shapes(output) == _shapes(floats[0])]

@@ -14,7 +14,7 @@ from edgekit.toml_file import Table
 CRITERIA = ("l1", "l2", "bn", "taylor", "hessian", "random", "fpgm")
 """What says how much a channel is worth."""
 
-GOALS = ("ratio", "macs", "speedup", "latency", "sparsity")
+GOALS = ("ratio", "macs", "speedup", "latency", "blocks", "sparsity")
 """The fields of `Prune` that say how much goes; one of them is given."""
 
 ONE_SHOT, ITERATIVE, DURING, SCRATCH = "one-shot", "iterative", "during-training", "from-scratch"
@@ -30,13 +30,15 @@ def _listed(value: object) -> object:
 
 
 class Prune(Table):
-    """What is cut from a model before it is quantized. One of `ratio`, `macs`, `speedup`, `latency`, `sparsity` says how much.
+    """What is cut from a model before it is quantized. One of `GOALS` says how much.
 
     Attributes:
         ratio: share of the channels that go, 0 to 1.
         macs: share of the multiply-accumulates that stay, 0 to 1.
         speedup: how many times faster on a runtime, `2.0@x86-openvino`: float against float, one sample at a time.
         latency: of one sample on a runtime, in float, `3ms@x86-openvino`.
+        blocks: whole blocks are left out instead of channels, so many: residual blocks or transformer layers of a stack, each time the
+            one without which the outputs move least.
         sparsity: single weights become zero instead of channels: their share, 0 to 1, or "2:4" of each four in a row.
         criterion: one of `CRITERIA`; "l1" is the sum of a filter's magnitudes (Li 2017), or a function `importance(group)` that gives
             each unit of an `edgekit.training.prune.TensorGroup` a score, higher is kept.
@@ -52,6 +54,7 @@ class Prune(Table):
     macs: Annotated[float, Field(gt=0, lt=1)] | None = None
     speedup: str | None = None
     latency: str | None = None
+    blocks: Annotated[int, Field(gt=0)] | None = None
     sparsity: Annotated[float, Field(gt=0, lt=1)] | Literal["2:4"] | None = None
     criterion: Any = "l1"
     scope: Literal["global", "layer"] = "global"
@@ -84,20 +87,22 @@ class Prune(Table):
             raise ValueError(
                 f"schedule is {self.schedule!r}; expected {ONE_SHOT}, {ITERATIVE}:N, {DURING} or {SCRATCH}"
             )
+        if self.sparsity is not None and self.schedule not in (ONE_SHOT, DURING):
+            raise ValueError(f"sparsity is for the schedules {ONE_SHOT} and {DURING}; found {self.schedule!r}")
         if self.sparsity is not None:
-            self._check_sparsity()
+            self._refuse_choices({"criterion", "round_to"}, "with sparsity single weights go by magnitude")
+        if self.blocks is not None:
+            self._refuse_choices({"criterion", "round_to", "scope"}, "blocks go by what the outputs are without them")
         if not self.recover and self.schedule in (DURING, SCRATCH):
             raise ValueError(
                 f"schedule is {self.schedule!r}, which is training, and recover is false: drop one of them"
             )
         return self
 
-    def _check_sparsity(self) -> None:
-        """Single weights go by magnitude, at once or during training: what else is asked for would be ignored."""
-        if self.schedule not in (ONE_SHOT, DURING):
-            raise ValueError(f"sparsity is for the schedules {ONE_SHOT} and {DURING}; found {self.schedule!r}")
-        for name in {"criterion", "round_to"} & self.model_fields_set:
-            raise ValueError(f"{name} is for channels; with sparsity single weights go by magnitude: leave it out")
+    def _refuse_choices(self, names: set[str], why: str) -> None:
+        """What is asked for and would be ignored is refused."""
+        for name in sorted(names & self.model_fields_set):
+            raise ValueError(f"{name} is for channels; {why}: leave it out")
 
     @property
     def rounds(self) -> int:
@@ -122,6 +127,8 @@ class Prune(Table):
         """The main choices in a few words."""
         [goal] = [name for name in GOALS if getattr(self, name) is not None]
         criterion = self.criterion if isinstance(self.criterion, str) else getattr(self.criterion, "__name__", "custom")
+        if self.blocks is not None:
+            return f"{goal} {self.blocks}, {self.schedule}"
         return f"{goal} {getattr(self, goal)}, by {criterion}, {self.scope}, {self.schedule}"
 
 
@@ -141,6 +148,7 @@ class Pruned(Table):
         summary: what was asked for, in words.
         layers: that lost channels.
         macs, parameters: of all layers, before and after.
+        blocks: that were left out, in that order.
         sparsity: share of the weights that are zero, where single ones go instead of channels.
         speedup, latency_ms: measured on `target`, where the goal was a time; `speedup_low` to `speedup_high` is the 95 % interval.
         before, cut, after: what `--evaluate` gave for the model as it came, for what was cut, and after recovery.
@@ -152,6 +160,7 @@ class Pruned(Table):
     layers: tuple[PrunedLayer, ...] = ()
     macs: tuple[int, int] = (0, 0)
     parameters: tuple[int, int] = (0, 0)
+    blocks: tuple[str, ...] = ()
     sparsity: float | None = None
     target: str = ""
     speedup: float | None = None
@@ -170,10 +179,9 @@ class Pruned(Table):
         if self.sparsity is not None:
             text = f"{self.summary}: {self.sparsity:.1%} of the weights are zero"
         else:
-            text = (
-                f"{self.summary}: {len(self.layers)} layer{'s' * (len(self.layers) != 1)} lost channels, MACs {_fewer(self.macs)}, "
-                f"parameters {_fewer(self.parameters)}"
-            )
+            lost = f"{len(self.layers)} layer{'s' * (len(self.layers) != 1)} lost channels"
+            lost = f"without {', '.join(self.blocks)}" if self.blocks else lost
+            text = f"{self.summary}: {lost}, MACs {_fewer(self.macs)}, parameters {_fewer(self.parameters)}"
         if self.speedup is not None:
             text += f"; {self.speedup:.2f}x as fast on {self.target} ({self.speedup_low:.2f} to {self.speedup_high:.2f}), in float"
         if self.before is not None and self.cut is not None:

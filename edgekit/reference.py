@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -14,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from edgekit.errors import EdgekitError
+from edgekit.words import nearest
 
 
 def resolve_reference(text: str, *, error: type[EdgekitError], what: str) -> object:
@@ -109,9 +109,9 @@ def _importable(folder: Path) -> Iterator[None]:
 
 def _near(name: str, owner: object) -> str:
     known = [known for known in dir(owner) if not known.startswith("_")]
-    near = difflib.get_close_matches(name, known, n=1)
+    near = nearest(name, known, cutoff=0.6)
     if near:
-        return f"did you mean {near[0]!r}?"
+        return f"did you mean {near!r}?"
     return f"it has {', '.join(known[:8])}" if known else "it is empty"
 
 

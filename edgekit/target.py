@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +10,7 @@ from pydantic import Field, model_validator
 from edgekit.errors import TargetError
 from edgekit.quant.spec import QuantSpec
 from edgekit.toml_file import Table, read_toml, validate
+from edgekit.words import nearest
 
 Rule = Literal["quantize", "pass_through", "float"]
 Format = Literal["qdq", "qoperator", "integer"]
@@ -211,8 +211,8 @@ def _find(name: str) -> Path:
             raise TargetError(f"target file {name!r} does not exist")
         return path
     names = [*target_names(), PORTABLE]
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    near = nearest(name, names, cutoff=0.5)
+    hint = f"did you mean {near!r}? " if near else ""
     raise TargetError(f"unknown target {name!r}; {hint}known targets: {', '.join(names)}; or give a .toml file")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from edgekit.errors import TargetError
+from edgekit.words import nearest
 
 
 class Table(BaseModel):
@@ -61,8 +61,8 @@ def _explain(mistake: dict[str, Any], kind: type[BaseModel], text: str) -> str:
         return f"{place}{mistake['ctx']['error']}"
     if mistake["type"] == "extra_forbidden":
         known = _keys_at(kind, keys[:-1])
-        near = difflib.get_close_matches(keys[-1], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}"
+        near = nearest(keys[-1], known, cutoff=0.6)
+        hint = f"did you mean {near!r}?" if near else f"known keys are {', '.join(known)}"
         return f"{place}unknown key {where!r}; {hint}"
     if mistake["type"] == "missing":
         return f"key {where!r} is missing; add it"

@@ -15,6 +15,7 @@ CONVERTERS = ("edgekit_onnxruntime", "edgekit_openvino", "edgekit_tensorrt")
 
 LEVELS = (
     "errors",
+    "words",
     "progress reference output toml_file boxes channels",
     "quant channel_choice",
     "method schedule target distribution departure distillation pruning frontier",

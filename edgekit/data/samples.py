@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.errors import DataError
+from edgekit.words import nearest
 
 Array = NDArray[Any]
 
@@ -111,8 +111,8 @@ def by_name(
         missing = [name for name in names if name not in arrays]
         if missing:
             found = [name for name in arrays if name != LABELS]
-            near = difflib.get_close_matches(missing[0], found, n=1)
-            hint = f"rename {near[0]!r}" if near else "name the arrays like the inputs"
+            near = nearest(missing[0], found, cutoff=0.6)
+            hint = f"rename {near!r}" if near else "name the arrays like the inputs"
             listed = ", ".join(map(repr, found)) or "none"
             raise DataError(f"{source}: no array for input {missing[0]!r} (arrays found: {listed}); {hint}")
         return {name: arrays[name] for name in names}

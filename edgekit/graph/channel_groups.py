@@ -7,7 +7,6 @@ keeps what it touches: the name of the operator and its node is the reason.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -23,6 +22,7 @@ from edgekit.graph.axes import Axes, Ids, Maker, NoRule
 from edgekit.graph.axis_rules import RULES, described
 from edgekit.graph.filter_scores import Criterion, criterion_function
 from edgekit.graph.operators import Layer, dims, layers
+from edgekit.words import hint
 
 OLDEST_OPSET = 13
 """From it on, what is cut is an input of Split, Squeeze and Softmax works along one axis."""
@@ -149,9 +149,7 @@ def _ignore(axes: Axes, patterns: Sequence[str]) -> None:
     for pattern in patterns:
         matching = [maker for maker in axes.makers if fnmatchcase(maker.node.name or "", pattern)]
         if not matching:
-            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names[:8])}"
-            raise GraphError(f"no layer with weights is called {pattern!r}; {hint}")
+            raise GraphError(f"no layer with weights is called {pattern!r}; {hint(pattern, names)}")
         for maker in matching:
             axes.fix(maker.ids, f"{described(maker.node)} is to keep its channels")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 
 import onnx
@@ -12,6 +11,7 @@ from edgekit.errors import TargetError
 from edgekit.graph.annotations import get_params
 from edgekit.graph.operators import FLOATS, LINEAR, Roles, dims, is_constant, is_float, roles
 from edgekit.target import Target
+from edgekit.words import nearest
 
 PRECISION = "edgekit.precision"
 """The metadata key, of nodes, of `precision`."""
@@ -202,8 +202,8 @@ def check_operators(target: Target) -> None:
     unknown = sorted(name for name in named if not onnx.defs.has(name))
     if unknown:
         known = {schema.name for schema in onnx.defs.get_all_schemas() if schema.domain == ""}
-        near = difflib.get_close_matches(unknown[0], sorted(known), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "see ONNX's list of operators"
+        near = nearest(unknown[0], sorted(known), cutoff=0.6)
+        hint = f"did you mean {near!r}?" if near else "see ONNX's list of operators"
         raise TargetError(f"target {target.name!r}: ONNX has no operator {unknown[0]!r}; {hint}")
 
 

@@ -30,7 +30,6 @@ from edgekit.pipelines.departures import departures
 from edgekit.pipelines.expected import PROVEN_ON, Expected, what_is_expected
 from edgekit.pipelines.floor import lift_notes
 from edgekit.pipelines.placement import fastest, placement_notes
-from edgekit.pipelines.remarks import listed
 from edgekit.pipelines.resized import Resized
 from edgekit.pipelines.stored import Stored, open_stored
 from edgekit.pipelines.targets import missing
@@ -49,6 +48,7 @@ from edgekit.records import (
 )
 from edgekit.report import write_report
 from edgekit.target import Format, Target, load_target
+from edgekit.words import some
 from edgekit.worker import Worker
 
 MOST_REPAIRS = 8
@@ -355,7 +355,7 @@ def _notes(job: Job, candidate: Candidate, kept: tuple[str, ...]) -> list[str]:
         )
     wide = wide_names(job.model)
     if wide:
-        notes.append(f"in float32 around tensors that leave float16's range: {listed(wide)}")
+        notes.append(f"in float32 around tensors that leave float16's range: {some(wide)}")
     if kept:
         notes.append(
             f"kept in float, because {runtime} refuses them or computes them wrongly in int8: {', '.join(kept)}"
@@ -365,5 +365,5 @@ def _notes(job: Job, candidate: Candidate, kept: tuple[str, ...]) -> list[str]:
             f"WRONG: {runtime} does not compute what the simulation does: {proof.reason}. Do not ship this artifact"
         )
     if proof.float_layers:
-        notes.append(f"in float: {listed(proof.float_layers)}")
+        notes.append(f"in float: {some(proof.float_layers)}")
     return notes

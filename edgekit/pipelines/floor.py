@@ -23,13 +23,13 @@ from edgekit.lift import Known, keep_float, lift, parse_floor
 from edgekit.metric import Evaluate
 from edgekit.output import write_text
 from edgekit.pipelines.quantize import Calibrating
-from edgekit.pipelines.remarks import listed
 from edgekit.pipelines.split import BATCH_SIZE, feeds_of
 from edgekit.progress import Progress
 from edgekit.records import LayerSensitivity, Metric, read_record
 from edgekit.sensitivity import Arrays, rank, sensitivity
 from edgekit.target import Target
 from edgekit.trials import Lifted, LiftState
+from edgekit.words import some
 
 SAMPLES = 64
 """Calibration samples that errors are measured on."""
@@ -188,7 +188,7 @@ def lift_notes(lifted: Lifted | None, decision: str = "") -> Iterator[str]:
         return
     subject = f"{decision} at least {lifted.needed:.4g}" if decision else f"the floor {lifted.floor}"
     outcome = "is met" if lifted.met else "is not met"
-    kept = f"with {listed(lifted.lifted)} in float" if lifted.lifted else "with everything in int8"
+    kept = f"with {some(lifted.lifted)} in float" if lifted.lifted else "with everything in int8"
     more = "" if lifted.finished else "; time was up before the search was over: run the same again to go on"
     numbers = f"{lifted.before:.4g} before, {lifted.after:.4g} now, {lifted.needed:.4g} needed"
     yield f"{subject} {outcome} {kept}: {numbers}{more}"

@@ -17,10 +17,10 @@ from edgekit.graph.operators import layers
 from edgekit.passes.prune_channels import masked, prune_channels
 from edgekit.pipelines.prune_timing import Timing
 from edgekit.pipelines.pruning import Amount, times
-from edgekit.pipelines.remarks import listed
 from edgekit.progress import Progress
 from edgekit.pruning import ONE_SHOT, Prune, Pruned, pruned_layers
 from edgekit.target import Target
+from edgekit.words import some
 
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -43,6 +43,11 @@ def prune_graph(
         GraphError: nothing can be cut, or the criterion needs more than weights.
         GoalError: the goal cannot be met.
     """
+    if plan.blocks is not None:
+        raise SourceError(
+            f"--blocks {plan.blocks} needs a model with its layers as modules, which an ONNX file does not have; give the checkpoint "
+            "that it was exported from, with --model, or cut channels with --macs"
+        )
     if plan.sparsity is not None or plan.schedule != ONE_SHOT:
         asked = f"--sparsity {plan.sparsity}" if plan.sparsity is not None else f"--schedule {plan.schedule}"
         raise SourceError(
@@ -51,7 +56,7 @@ def prune_graph(
     on_progress("prune", 0, None)
     channels = channel_groups(model, criterion=plan.criterion, ignore=plan.ignore)
     if not channels.groups:
-        why = listed([f"{name}: {reason}" for name, reason in channels.fixed.items()])
+        why = some([f"{name}: {reason}" for name, reason in channels.fixed.items()])
         raise GraphError(f"the graph has no channels that can be cut: {why}")
     timing = Timing(plan, cache, on_progress) if plan.timed else None
     if timing is None:
@@ -81,7 +86,7 @@ def _told(channels: Channels) -> tuple[str, ...]:
     if not channels.fixed:
         return (not_trained,)
     kept = [f"{name} ({reason})" for name, reason in channels.fixed.items()]
-    return not_trained, f"layers that keep their channels: {listed(kept)}"
+    return not_trained, f"layers that keep their channels: {some(kept)}"
 
 
 class GraphModel:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgekit.channel_choice import Chosen, by_macs, by_ratio
 from edgekit.channels import Group, LayerCost, kept_shares, total_macs
@@ -18,6 +18,9 @@ from edgekit.progress import Progress
 from edgekit.pruning import DURING, ONE_SHOT, SCRATCH, Prune, Pruned
 from edgekit.schedule import Schedule
 from edgekit.target import Pruning, Target
+
+if TYPE_CHECKING:
+    from edgekit.training.prune.flow import Cutting
 
 NEAR = 0.02
 """Of all channels or multiply-accumulates: what is missed by less is not told."""
@@ -90,7 +93,7 @@ def recovering(plan: Finetune | None, prune: Prune, teacher: Any) -> Finetune:
 
 
 def _cut(job: PruneJob, module: Any, before: float | None) -> tuple[Any, Any, Pruned]:
-    from edgekit.training.prune.flow import prune
+    from edgekit.training.prune.flow import prune, shorten
 
     plan, trained = job.plan, list[Finetuned]()
     timing = Timing(plan, job.cache, job.on_progress) if plan.timed else None
@@ -103,6 +106,9 @@ def _cut(job: PruneJob, module: Any, before: float | None) -> tuple[Any, Any, Pr
         return cut
 
     job.on_progress("prune", 0, None)
+    if plan.blocks is not None:
+        cutting = shorten(module, plan, job.arrays, recover=recover, schedule=job.recovery.schedule)
+        return cutting.module, None, _record(job, cutting, timing, before, trained)
     by_amount = Amount(plan, job.rules.pruning)
 
     def choose(prunable: Any, share: float) -> Chosen:
@@ -120,16 +126,22 @@ def _cut(job: PruneJob, module: Any, before: float | None) -> tuple[Any, Any, Pr
         recover=recover,
         schedule=job.recovery.schedule,
     )
-    record = Pruned(
-        summary=plan.summary,
+    return cutting.module, None, _record(job, cutting, timing, before, trained)
+
+
+def _record(
+    job: PruneJob, cutting: Cutting, timing: Timing | None, before: float | None, trained: list[Finetuned]
+) -> Pruned:
+    return Pruned(
+        summary=job.plan.summary,
         layers=cutting.layers,
         macs=cutting.macs,
         parameters=cutting.parameters,
+        blocks=cutting.blocks,
         **(times(timing) if timing else {}),
         **_metrics(before, trained, job.measure(cutting.module) if job.measure and not trained else None),
         remarks=(*cutting.remarks, *(trained[-1].remarks if trained else ())),
     )
-    return cutting.module, None, record
 
 
 def _sparsified(job: PruneJob, module: Any, before: float | None) -> tuple[Any, Any, Pruned]:

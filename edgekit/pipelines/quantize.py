@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -23,6 +22,7 @@ from edgekit.passes.unify_params import unify_params
 from edgekit.pipelines.split import BATCH_SIZE
 from edgekit.progress import Progress
 from edgekit.target import Target
+from edgekit.words import nearest
 
 
 @dataclass(slots=True)
@@ -84,9 +84,9 @@ def _check(model: ir.Model, method: Method) -> None:
     names = [node.name or "" for node in model.graph]
     for layer in method.layers:
         if not any(fnmatchcase(name, layer.match) for name in names):
-            near = difflib.get_close_matches(layer.match, names, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}?" if near else "`edgekit inspect` lists the layers"
-            raise TargetError(f"no layer of the model is called {layer.match!r}; {hint}")
+            near = nearest(layer.match, names)
+            told = f"did you mean {near!r}?" if near else "`edgekit inspect` lists the layers"
+            raise TargetError(f"no layer of the model is called {layer.match!r}; {told}")
     for one in (method, *(method.for_layer(name) for name in names)):
         if one.activations == "static" and (one.weights.startswith("u") or one.block_size):
             asked = f"blocks of {one.block_size}" if one.block_size else one.weights

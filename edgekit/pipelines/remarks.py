@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 import onnx_ir as ir
 
@@ -12,6 +12,7 @@ from edgekit.graph.operators import FLOATS, LINEAR, is_constant
 from edgekit.graph.rules import RECURRENT, quantized_nodes, scaled_across
 from edgekit.records import MODEL
 from edgekit.target import Target
+from edgekit.words import some
 
 WORTH_A_WORD = 0.05
 """Of a model's numbers."""
@@ -51,11 +52,11 @@ def remarks(graph: ir.Model, rules: Target, source: str, samples: int, *, wanted
     if not annotated and not wanted:
         yield "nothing is quantized, as asked for"
     elif not annotated and inside:
-        yield f"nothing is quantized: the layers of {source} are inside {listed(inside)}, where all stays float"
+        yield f"nothing is quantized: the layers of {source} are inside {some(inside)}, where all stays float"
     elif not annotated:
         yield f"nothing is quantized: {source} has no operator that target {rules.name!r} quantizes ({', '.join(LINEAR)})"
     elif inside:
-        yield f"{sum(inside.values())} layers stay float, because they are inside {listed(inside)}"
+        yield f"{sum(inside.values())} layers stay float, because they are inside {some(inside)}"
     yield from _recurrent(graph.graph)
     yield from _one_at_a_time(graph.graph)
     if not samples and annotated:
@@ -64,7 +65,7 @@ def remarks(graph: ir.Model, rules: Target, source: str, samples: int, *, wanted
         yield f"calibrated on {samples} samples only; a few hundred give ranges that hold"
     across = [node.name or "" for node, parts in quantized_nodes(graph, rules).items() if scaled_across(node, parts)]
     if across:
-        yield f"in float, because their weights came with scales along another axis than the output channels': {listed(across)}"
+        yield f"in float, because their weights came with scales along another axis than the output channels': {some(across)}"
 
 
 def _inside(graph: ir.Graph) -> dict[str, int]:
@@ -110,9 +111,3 @@ def _size(value: ir.Value | None) -> int:
     if value is None or value.const_value is None or not is_constant(value) or value.dtype not in FLOATS:
         return 0
     return value.const_value.size
-
-
-def listed(names: Collection[str], most: int = 5) -> str:
-    """The first few names, and how many there are beside them."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{', '.join(list(names)[:most])}{more}"

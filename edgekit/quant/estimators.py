@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -14,6 +13,7 @@ from edgekit.quant.affine import middle_code
 from edgekit.quant.least_squares import alternate_from, best_shares, bins_of
 from edgekit.quant.observers import Histogram
 from edgekit.quant.spec import QuantSpec
+from edgekit.words import nearest
 
 Estimator = Callable[[Histogram, QuantSpec], tuple[float, float]]
 """From a histogram and the grid to come, the range to cover: (low, high), never wider than what was seen."""
@@ -144,8 +144,8 @@ def get_estimator(name: str) -> Estimator:
         TargetError: there is none of that name.
     """
     if name not in ESTIMATORS:
-        near = difflib.get_close_matches(name, ESTIMATORS, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        near = nearest(name, ESTIMATORS)
+        hint = f"did you mean {near!r}? " if near else ""
         raise TargetError(f"unknown calibrator {name!r}; {hint}known calibrators: {', '.join(ESTIMATORS)}")
     return ESTIMATORS[name]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from edgekit.data import InputSpec
 from edgekit.data.samples import LABELS, as_array
 from edgekit.errors import DataError
+from edgekit.words import nearest
 
 Tensors = dict[str, Tensor]
 Indices = NDArray[np.intp]
@@ -152,8 +152,8 @@ def named_batch(value: Any, names: Names, source: str) -> Tensors:
 
 def nothing_for(missing: str, found: Sequence[str], source: str) -> DataError:
     """The error that an input has no data."""
-    near = difflib.get_close_matches(missing, found, n=1)
-    hint = f"rename {near[0]!r}" if near else "name the arrays like the module's inputs"
+    near = nearest(missing, found, cutoff=0.6)
+    hint = f"rename {near!r}" if near else "name the arrays like the module's inputs"
     listed = ", ".join(map(repr, found)) or "none"
     return DataError(f"{source}: nothing for the input {missing!r} (found: {listed}); {hint}")
 

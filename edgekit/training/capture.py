@@ -7,7 +7,6 @@ module again, a BatchNorm that no layer takes in is one too, in-place operators 
 from __future__ import annotations
 
 import copy
-import difflib
 import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from edgekit.training.checkpoint import evaluating, quiet, unwrapped
 from edgekit.training.export_onnx import trace
 from edgekit.training.forward import Array, Call, as_array, calls, difference, exportable
 from edgekit.training.state_dict import remove_parametrizations
+from edgekit.words import hint
 
 ATEN = torch.ops.aten
 CONVOLUTIONS: dict[Any, bool] = {
@@ -288,9 +288,7 @@ def _add_taps(graph: fx.GraphModule, taps: Sequence[str]) -> None:
             last |= {str(path): node for path, _ in (node.meta.get("nn_module_stack") or {}).values()}
     for path in taps:
         if path not in last:
-            near = difflib.get_close_matches(path, list(last), n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(list(last)[:8])}"
-            raise SourceError(f"no layer of the model is called {path!r}; {hint}")
+            raise SourceError(f"no layer of the model is called {path!r}; {hint(path, list(last))}")
         name = f"{_TAPS}.{path.replace('.', '__')}"
         graph.add_submodule(name, nn.Identity())
         with graph.graph.inserting_after(last[path]):

@@ -24,7 +24,8 @@ from torch.nn.parameter import is_lazy
 
 from edgekit.errors import SourceError
 from edgekit.training.pickles import UNREADABLE, first_line, load_pickle, screened_program
-from edgekit.training.state_dict import NESTED, fill, some, states_in
+from edgekit.training.state_dict import NESTED, fill, states_in
+from edgekit.words import some
 
 PICKLED = (".pt", ".pth", ".th", ".ckpt", ".bin")
 """Suffixes of files that `torch.save` wrote."""

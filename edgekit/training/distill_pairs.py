@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -10,9 +9,9 @@ from torch import Tensor
 from edgekit.distillation import Distillation
 from edgekit.errors import SourceError
 from edgekit.training.distill_losses import scores_in
-from edgekit.training.state_dict import some
 from edgekit.training.taps import FEATURE as KEY
 from edgekit.training.taps import Outputs, channel_axis
+from edgekit.words import hint, some
 
 
 def output_pairs(own: Outputs, others: Outputs) -> list[tuple[str, str]]:
@@ -94,9 +93,7 @@ def score_names(distillation: Distillation, outputs: Outputs, who: str) -> tuple
         return scores_in(outputs)
     for name in distillation.scores:
         if name not in outputs:
-            near = difflib.get_close_matches(name, outputs, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {some(list(outputs))}"
-            raise SourceError(f"no output of the {who} is called {name!r}, as 'scores' says; {hint}")
+            raise SourceError(f"no output of the {who} is called {name!r}, as 'scores' says; {hint(name, outputs)}")
         if not outputs[name].is_floating_point() or outputs[name].dim() < 2:
             raise SourceError(
                 f"output {name!r} of the {who} has the shape {tuple(outputs[name].shape)} and type {outputs[name].dtype}; 'scores' are "
@@ -118,9 +115,8 @@ def listed(outputs: Outputs) -> str:
 def _check_known(key: str, known: Sequence[str], who: str) -> None:
     if key not in known:
         names = [one.removeprefix(KEY) for one in known]
-        near = difflib.get_close_matches(key.removeprefix(KEY), names, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {some(names) or 'none'}"
-        raise SourceError(f"no feature of the {who}'s layer {key.removeprefix(KEY)!r} was read; {hint}")
+        layer = key.removeprefix(KEY)
+        raise SourceError(f"no feature of the {who}'s layer {layer!r} was read; {hint(layer, names)}")
 
 
 def _floats(outputs: Outputs) -> dict[str, Tensor]:

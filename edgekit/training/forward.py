@@ -16,7 +16,8 @@ from torch.nn.parameter import is_lazy
 
 from edgekit.errors import SourceError
 from edgekit.training.checkpoint import evaluating, quiet, unwrapped
-from edgekit.training.state_dict import remove_parametrizations, some
+from edgekit.training.state_dict import remove_parametrizations
+from edgekit.words import some
 
 Array = NDArray[Any]
 Inputs = tuple[Array, ...] | Mapping[str, Array]

@@ -16,6 +16,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from edgekit.errors import SourceError
+from edgekit.words import some
 
 NESTED = (
     *("state_dict", "model_state_dict", "model_state", "model", "ema_state_dict", "ema", "module", "net", "weights"),
@@ -296,9 +297,3 @@ def _place(value: object) -> object:
     if _is_sized(value) and value.numel():
         return value.data_ptr(), value.shape, value.stride()
     return id(value)
-
-
-def some(names: Sequence[str]) -> str:
-    """The first few of some names, for messages."""
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

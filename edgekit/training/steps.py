@@ -22,8 +22,8 @@ from edgekit.training.forward import named_tensors
 from edgekit.training.optimizer import trained
 from edgekit.training.processes import average, average_buffers, gathered, send_from_first
 from edgekit.training.resume import Checkpoints, Record, copied, module_state, restore_module
-from edgekit.training.state_dict import some
 from edgekit.training.taps import Outputs, Taps
+from edgekit.words import some
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

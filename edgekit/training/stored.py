@@ -26,7 +26,7 @@ from edgekit.training.export_onnx import trace
 from edgekit.training.fake_quant import quantizers
 from edgekit.training.forward import Array, Call, as_array, calls, difference, exportable, named_tensors
 from edgekit.training.pickles import first_line
-from edgekit.training.state_dict import remove_parametrizations, some
+from edgekit.training.state_dict import remove_parametrizations
 from edgekit.training.structure import (
     AGAIN,
     FORMAT,
@@ -40,6 +40,7 @@ from edgekit.training.structure import (
     signature_of,
     write_structure,
 )
+from edgekit.words import some
 
 # What torch keeps of where a node comes from, with lines of source and absolute paths.
 _TRACES = ("stack_trace", "torch_fn", "source_fn_stack", "from_node", "custom")

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 from edgekit.errors import SourceError
 from edgekit.toml_file import Table
 from edgekit.training.pickles import first_line
-from edgekit.training.state_dict import some
+from edgekit.words import some
 
 PROGRAM: Final = "program.pt2"
 WEIGHTS: Final = "weights.safetensors"

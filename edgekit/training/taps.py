@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections import Counter
@@ -19,7 +18,7 @@ from edgekit.data.samples import LABELS
 from edgekit.errors import SourceError
 from edgekit.training.checkpoint import evaluating, quiet, unwrapped, users_error
 from edgekit.training.forward import named_tensors
-from edgekit.training.state_dict import some
+from edgekit.words import hint, some
 
 Outputs = Mapping[str, Tensor]
 """What a network gave for a batch: outputs by name, and features by `FEATURE` and the layer's name."""
@@ -216,9 +215,7 @@ def _layer(module: nn.Module, layer: str, who: str) -> nn.Module:
     found = _layers(module).get(layer)
     if found is None:
         names = list(_layers(module))
-        near = difflib.get_close_matches(layer, names, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {some(names)}"
-        raise SourceError(f"no layer of the {who} is called {layer!r}; {hint}")
+        raise SourceError(f"no layer of the {who} is called {layer!r}; {hint(layer, names)}")
     return found
 
 

@@ -14,7 +14,7 @@ from edgekit.channels import LayerCost
 from edgekit.training.checkpoint import evaluating
 from edgekit.training.forward import Call
 from edgekit.training.prune.couplings import Coupling
-from edgekit.training.prune.heads import Attention
+from edgekit.training.prune.heads import Attention, find_attention
 from edgekit.training.prune.slots import CONV, is_tied, owner_of
 
 MATMULS = ".attention"
@@ -46,6 +46,11 @@ def layer_costs(
         if one.path + MATMULS in macs:
             found.append(LayerCost(one.path + MATMULS, macs[one.path + MATMULS], 0, (one.inner, one.inner), (), heads))
     return tuple(found)
+
+
+def costs_of(module: nn.Module, call: Call) -> tuple[LayerCost, ...]:
+    """The costs of a module whose channels all stay."""
+    return layer_costs(module, call, (), tuple(find_attention(module, call).values()))
 
 
 def _weights(module: nn.Module, attentions: Sequence[Attention]) -> dict[str, str]:

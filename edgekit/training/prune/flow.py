@@ -14,8 +14,12 @@ from edgekit.data.samples import LABELS
 from edgekit.errors import DataError, GoalError
 from edgekit.pruning import DURING, SCRATCH, Prune, PrunedLayer, pruned_layers
 from edgekit.schedule import Schedule
+from edgekit.training.checkpoint import copied, unwrapped
 from edgekit.training.distill import task_loss
-from edgekit.training.prune.groups import Examples, Prunable, find_groups
+from edgekit.training.forward import exportable, plain_call
+from edgekit.training.prune.costs import costs_of
+from edgekit.training.prune.depth import leave_out
+from edgekit.training.prune.groups import Examples, Prunable, few, find_groups
 from edgekit.training.prune.importance import Loss
 from edgekit.training.prune.padding import is_selection
 
@@ -23,6 +27,8 @@ Choose = Callable[[Prunable, float], Chosen]
 """What to keep, so that a share (0 to 1) of all that is to go is gone."""
 Recover = Callable[[nn.Module, Schedule, str], nn.Module]
 """Trains a module by a schedule; the text names the training."""
+COMPARED = 64
+"""Samples whose outputs say which blocks go."""
 MOST_ROUNDS = 4
 """Of pruning during training."""
 
@@ -36,6 +42,7 @@ class Cutting:
         layers: that lost channels, as they were and as they are.
         macs, parameters: of all layers, before and after; shortcuts that choose channels count for nothing.
         remarks: what the user should know.
+        blocks: that were left out, in that order.
     """
 
     module: nn.Module
@@ -43,6 +50,7 @@ class Cutting:
     macs: tuple[int, int]
     parameters: tuple[int, int]
     remarks: tuple[str, ...]
+    blocks: tuple[str, ...] = ()
 
 
 def prune(
@@ -89,6 +97,27 @@ def prune(
         raise GoalError(f"pruning by {plan.summary} cut nothing: {'; '.join(remarks) or 'no channel is left to go'}")
     macs = round(total_macs(first, {})), round(total_macs(costs, left))
     return Cutting(module, layers, macs, (before, _parameters(module)), tuple(remarks))
+
+
+def shorten(module: nn.Module, plan: Prune, examples: Examples, *, recover: Recover, schedule: Schedule) -> Cutting:
+    """A copy of `module` without some of its blocks; arguments as of `prune`.
+
+    Raises:
+        EdgekitError: see `leave_out` and `recover`.
+    """
+    assert plan.blocks is not None, "the goal"
+    module = copied(exportable(unwrapped(module)))
+    call = plain_call(module, few(examples, COMPARED))
+    before = round(total_macs(costs_of(module, call), {})), _parameters(module)
+    gone: tuple[str, ...] = ()
+    for number, (share, part) in enumerate(_rounds(plan, schedule)):
+        count = round(share * plan.blocks) - len(gone)
+        gone += leave_out(module, count, call, ignore=plan.ignore) if count else ()
+        if plan.schedule == SCRATCH:
+            _forget(module, schedule.seed)
+        module = recover(module, part, f"round {number + 1}")
+    after = round(total_macs(costs_of(module, call), {})), _parameters(module)
+    return Cutting(module, (), (before[0], after[0]), (before[1], after[1]), (), gone)
 
 
 def _rounds(plan: Prune, schedule: Schedule) -> Iterator[tuple[float, Schedule]]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
-import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,10 +22,11 @@ from edgekit.training.prune.followers import followers
 from edgekit.training.prune.heads import RECORDS, Attention, find_attention
 from edgekit.training.prune.padded_forward import replace_padding
 from edgekit.training.prune.padding import is_selection, replace_shortcuts
-from edgekit.training.prune.slots import Indices, Role, Slot, owner_of
+from edgekit.training.prune.slots import Indices, Role, Slot, ignored, owner_of
 from edgekit.training.prune.units import OUTPUTS
-from edgekit.training.state_dict import remove_parametrizations, some
+from edgekit.training.state_dict import remove_parametrizations
 from edgekit.training.taps import running
+from edgekit.words import some
 
 Examples = Sequence[Array | Tensor] | Mapping[str, Array | Tensor]
 """Inputs of forward, by position or by name, with a batch axis in front."""
@@ -206,7 +205,7 @@ def find_groups(module: nn.Module, example_inputs: Examples, *, ignore: Sequence
             "prepare_qat gave): prune the module that it was made of, with --model, or single weights with --sparsity"
         )
     module = exportable(unwrapped(module))
-    call = plain_call(module, _few(example_inputs))
+    call = plain_call(module, few(example_inputs))
     prunable = _copied(module)
     dtypes = {name: value.dtype for name, value in prunable.state_dict().items()}
     if _is_half(prunable):
@@ -216,7 +215,7 @@ def find_groups(module: nn.Module, example_inputs: Examples, *, ignore: Sequence
     replaced = replace_shortcuts(prunable, call)
     prunable, padded = replace_padding(prunable, call)
     found = find_attention(prunable, call)
-    kept = dict.fromkeys(_ignored(prunable, ignore), IGNORED)
+    kept = dict.fromkeys(ignored(prunable, ignore), IGNORED)
     graph, repairs = trace(prunable, call, found)
     couplings, stay = couple(prunable, graph, repairs, found, kept)
     attentions = tuple(found.values())
@@ -315,14 +314,14 @@ def _device(module: nn.Module) -> torch.device:
     return next((one.device for one in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
 
-def _few(inputs: Examples) -> tuple[Array, ...] | dict[str, Array]:
+def few(inputs: Examples, count: int = SAMPLES) -> tuple[Array, ...] | dict[str, Array]:
     """The first samples, as arrays."""
     named = inputs if isinstance(inputs, Mapping) else dict(enumerate(inputs))
     arrays = {key: _full(one) for key, one in named.items()}
     batch = next((array.shape[0] for array in arrays.values() if array.ndim), 0)
     if batch:
         arrays = {
-            key: array[:SAMPLES] if array.ndim and array.shape[0] == batch else array for key, array in arrays.items()
+            key: array[:count] if array.ndim and array.shape[0] == batch else array for key, array in arrays.items()
         }
     if isinstance(inputs, Mapping):
         return {str(key): array for key, array in arrays.items()}
@@ -337,20 +336,6 @@ def _full(values: Array | Tensor) -> Array:
 
 def _is_half(module: nn.Module) -> bool:
     return any(value.dtype in (torch.float16, torch.bfloat16) for value in module.parameters())
-
-
-def _ignored(module: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
-    """The layers that patterns match, and what is inside them."""
-    names = [path for path, _ in module.named_modules() if path]
-    found: list[nn.Module] = []
-    for pattern in patterns:
-        matched = [path for path in names if fnmatch.fnmatchcase(path, pattern)]
-        if not matched:
-            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {some(names)}"
-            raise SourceError(f"no layer matches {pattern!r} in 'ignore'; {hint}")
-        found += [child for path in matched for child in module.get_submodule(path).modules()]
-    return found
 
 
 def _layer_of(module: nn.Module, path: str) -> nn.Module:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from edgekit.errors import SourceError
+from edgekit.words import hint
 
 Side = Literal["in", "out", "both"]
 """Channels of a layer's input, of its output, or of both where they are the same ones."""
@@ -226,3 +230,15 @@ def write_count(module: nn.Module, count: int) -> None:
         changed = {"num_parameters": count}
     for name, value in changed.items():
         setattr(module, name, value)
+
+
+def ignored(module: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
+    """The layers that patterns match, and what is inside them; SourceError for a pattern that matches none."""
+    names = [path for path, _ in module.named_modules() if path]
+    found: list[nn.Module] = []
+    for pattern in patterns:
+        matched = [path for path in names if fnmatchcase(path, pattern)]
+        if not matched:
+            raise SourceError(f"no layer matches {pattern!r} in 'ignore'; {hint(pattern, names)}")
+        found += [child for path in matched for child in module.get_submodule(path).modules()]
+    return found

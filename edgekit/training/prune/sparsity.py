@@ -6,7 +6,6 @@ themselves are zero, not only where they are used: what is exported, stored or r
 
 from __future__ import annotations
 
-import difflib
 import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from edgekit.errors import SourceError
 from edgekit.graph.sparsity import OF, ZEROS, LayerSparsity, describe
 from edgekit.training.checkpoint import unwrapped
+from edgekit.words import hint
 
 TWO_FOUR: Literal["2:4"] = "2:4"
 Sparsity = float | Literal["2:4"]
@@ -346,9 +346,9 @@ def _check_known(module: nn.Module, weights: Sequence[Weight], ignore: Sequence[
     known = {*layers, *(path for path, _ in unwrapped(module).named_modules())}
     for pattern in ignore:
         if not any(fnmatchcase(name, pattern) for name in known):
-            near = difflib.get_close_matches(pattern, layers, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(layers[:8])}"
-            raise SourceError(f"no layer of the model is called {pattern!r}, which is to stay dense; {hint}")
+            raise SourceError(
+                f"no layer of the model is called {pattern!r}, which is to stay dense; {hint(pattern, layers)}"
+            )
 
 
 def _buffer(weight: Weight) -> str:
