@@ -739,6 +739,20 @@ def test_curves_go_to_weights_and_biases_offline(tmp_path: Path, monkeypatch: py
     assert list(tmp_path.glob("wandb/offline-run-*")) and (tmp_path / "wandb-run.txt").is_file()
 
 
+def test_the_artifact_and_its_table_go_to_weights_and_biases_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    model = tmp_path / "model.onnx"
+    model.write_bytes(b"weights")
+    log_artifact(Schedule(track="wandb"), tmp_path, model, ("layer", "SQNR"), [("conv1", "30.5")])
+    [run_file] = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert b"model.onnx" in run_file.read_bytes()
+    [written] = tmp_path.glob("wandb/offline-run-*/files/media/table/*.json")
+    assert json.loads(written.read_text(encoding="utf-8"))["data"] == [["conv1", "30.5"]]
+
+
 # ---- several processes
 
 TWO = """
