@@ -726,6 +726,7 @@ def test_without_tensorboard_it_says_so_and_trains(tmp_path: Path, monkeypatch: 
 
 
 def test_without_weights_and_biases_asking_for_it_is_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("accelerate.tracking")  # which looks for trackers when it is imported, and never again
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else find(name, *rest))
     with pytest.raises(BackendError, match="the package wandb is not installed; pip install wandb"):
