@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from edgekit.channel_choice import Chosen
 from edgekit.errors import DataError, EdgekitError, GoalError
-from edgekit.pipelines.pruning import Amount
+from edgekit.pipelines.prune_amount import Amount
 from edgekit.pruning import Prune
 from edgekit.schedule import Schedule
 from edgekit.target import Pruning

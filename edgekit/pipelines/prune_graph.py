@@ -15,8 +15,8 @@ from edgekit.graph.channel_groups import Channels, channel_groups
 from edgekit.graph.equal import prove_equal
 from edgekit.graph.operators import layers
 from edgekit.passes.prune_channels import masked, prune_channels
+from edgekit.pipelines.prune_amount import Amount
 from edgekit.pipelines.prune_timing import Timing
-from edgekit.pipelines.pruning import Amount, times
 from edgekit.progress import Progress
 from edgekit.pruning import ONE_SHOT, Prune, Pruned, pruned_layers
 from edgekit.target import Target
@@ -71,7 +71,7 @@ def prune_graph(
         layers=tuple(pruned_layers(channels.costs, channels.costs, left)),
         macs=(round(total_macs(channels.costs, {})), round(total_macs(channels.costs, left))),
         parameters=(_parameters(model), _parameters(pruned)),
-        **(times(timing) if timing else {}),
+        **(timing.told if timing else {}),
         remarks=(*chosen.remarks, *_told(channels)),
     )
     return pruned, record

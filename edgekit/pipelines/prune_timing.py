@@ -115,6 +115,18 @@ class Timing:
         self.found = results[reached.measured_ms]
         return Chosen(reached.choice, (*reached.remarks, *table.remarks))
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """What a record says of measured times."""
+        assert self.found is not None, "it chose"
+        return {
+            "target": self.rules.name,
+            "speedup": self.found.speedup,
+            "speedup_low": self.found.low,
+            "speedup_high": self.found.high,
+            "latency_ms": self.found.ms,
+        }
+
     def _goal(self, base: float, share: float) -> float:
         """The time (ms) that is to be reached, a share of the way from that of the model as it came."""
         if self.kind == "speedup":

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekit.channel_choice import Chosen, by_macs, by_ratio
-from edgekit.channels import Group, LayerCost, kept_shares, total_macs
+from edgekit.channel_choice import Chosen
 from edgekit.distillation import Distillation
-from edgekit.errors import DataError, GoalError
+from edgekit.errors import DataError
 from edgekit.finetune import Finetune, Finetuned
-from edgekit.pipelines.prune_timing import Timing, TorchModel, multiples_for
+from edgekit.pipelines.prune_amount import Amount
+from edgekit.pipelines.prune_timing import Timing, TorchModel
 from edgekit.progress import Progress
-from edgekit.pruning import DURING, ONE_SHOT, SCRATCH, Prune, Pruned
+from edgekit.pruning import DURING, SCRATCH, Prune, Pruned
 from edgekit.schedule import Schedule
-from edgekit.target import Pruning, Target
+from edgekit.target import Target
 
 if TYPE_CHECKING:
     from edgekit.training.prune.flow import Cutting
 
-NEAR = 0.02
-"""Of all channels or multiply-accumulates: what is missed by less is not told."""
 GRADIENT_BATCHES = 8
 """Of the training data, for criteria that need gradients."""
 
@@ -138,7 +135,7 @@ def _record(
         macs=cutting.macs,
         parameters=cutting.parameters,
         blocks=cutting.blocks,
-        **(times(timing) if timing else {}),
+        **(timing.told if timing else {}),
         **_metrics(before, trained, job.measure(cutting.module) if job.measure and not trained else None),
         remarks=(*cutting.remarks, *(trained[-1].remarks if trained else ())),
     )
@@ -175,19 +172,6 @@ NO_GAIN = (
 )
 
 
-def times(timing: Timing) -> dict[str, Any]:
-    """What a record says of measured times."""
-    found = timing.found
-    assert found is not None, "it chose"
-    return {
-        "target": timing.rules.name,
-        "speedup": found.speedup,
-        "speedup_low": found.low,
-        "speedup_high": found.high,
-        "latency_ms": found.ms,
-    }
-
-
 def _metrics(before: float | None, trained: list[Finetuned], cut: float | None) -> dict[str, Any]:
     if not trained:
         return {"before": before, "cut": cut}
@@ -197,53 +181,6 @@ def _metrics(before: float | None, trained: list[Finetuned], cut: float | None) 
         "after": trained[-1].after,
         "recovered": trained[-1].told,
     }
-
-
-@dataclass(slots=True)
-class Amount:
-    """Chooses a share of the channels, or of the multiply-accumulates, of what there was in the first round."""
-
-    plan: Prune
-    liked: Pruning
-    whole: float = math.nan
-
-    def choose(self, groups: tuple[Group, ...], costs: tuple[LayerCost, ...], share: float) -> Chosen:
-        """What to keep so that a share of all that goes is gone."""
-        multiples, scope = multiples_for(self.plan, groups, self.liked), self.plan.scope
-        now = total_macs(costs, {}) if self.plan.macs is not None else _channels(groups, {})
-        self.whole = now if math.isnan(self.whole) else self.whole
-        wanted = 1 - (1 - self._left) * share
-        if wanted * self.whole >= now:
-            return Chosen({})
-        if self.plan.macs is not None:
-            chosen = by_macs(groups, costs, wanted * self.whole / now, scope=scope, multiples=multiples)
-            reached = total_macs(costs, kept_shares(groups, chosen.choice)) / self.whole
-        else:
-            try:
-                chosen = by_ratio(groups, 1 - wanted * self.whole / now, scope=scope, multiples=multiples)
-            except GoalError:
-                if self.plan.schedule in (ONE_SHOT, SCRATCH):
-                    raise
-                return Chosen({})  # rounding leaves nothing to go in this round
-            reached = _channels(groups, kept_shares(groups, chosen.choice)) / self.whole
-        if share < 1 or abs(reached - self._left) <= NEAR:
-            return chosen
-        what = "multiply-accumulates" if self.plan.macs is not None else "channels"
-        why = "widths are rounded (--round-to)" if multiples else "units go whole"
-        missed = f"{reached:.1%} of the {what} stay instead of {self._left:.1%}: nearer is not possible, as {why}"
-        return Chosen(chosen.choice, (*chosen.remarks, missed))
-
-    @property
-    def _left(self) -> float:
-        """What is to stay in the end."""
-        if self.plan.macs is not None:
-            return self.plan.macs
-        assert self.plan.ratio is not None, "one goal is given"
-        return 1 - self.plan.ratio
-
-
-def _channels(groups: tuple[Group, ...], kept: Mapping[str, float]) -> float:
-    return sum(group.units * group.width * kept.get(group.name, 1.0) for group in groups)
 
 
 def _score(job: PruneJob, prunable: Any) -> None:
