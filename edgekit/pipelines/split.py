@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -67,37 +67,71 @@ def held_back(data: BoundData, calibrating: int) -> tuple[Arrays, int, str]:
     There are only calibration's own where nothing is left, and only those that have one shape fit into arrays. Where the model takes
     so many at a time, each row is a call as it came: its first axis may be time, whose order matters.
     """
-    batches = _some(data, calibrating)
-    note = "" if batches else "no samples were left to verify exports with: they are verified on those that calibrated"
-    batches = batches or _some(data, 0)
-    first = batches[0]
-    calls = first.single or _at_a_time(data) > 1
-    skipped = 0 if calls else 1
-    shapes = {name: array.shape[skipped:] for name, array in first.feeds.items()}
-    fitting = [b for b in batches if all(b.feeds[name].shape[skipped:] == shape for name, shape in shapes.items())]
-    join = np.stack if calls else np.concatenate
-    arrays: Arrays = {name: join([batch.feeds[name] for batch in fitting]) for name in shapes}
-    labels = [batch.labels for batch in fitting if batch.labels is not None]
-    if len(labels) == len(fitting) and LABELS not in arrays:
-        arrays[LABELS] = join(labels)
-    if len(fitting) < len(batches):
-        note = f"{len(batches) - len(fitting)} of {len(batches)} batches of held-back samples have another shape and are left out"
-    return arrays, sum(map(len, fitting)), note
+    note, some = "", _Joined(data)
+    held = some.fill(calibrating)
+    if not held:
+        note = "no samples were left to verify exports with: they are verified on those that calibrated"
+        held = some.fill(0)
+    if some.left_out:
+        note = f"{some.left_out} of {some.batches} batches of held-back samples have another shape and are left out"
+    return some.arrays, held, note
 
 
-def _some(data: BoundData, start: int) -> list[Batch]:
-    """The samples to hold back, from `start` on: more of small ones."""
-    unit = _at_a_time(data)
-    least, most = (-(-count // unit) * unit for count in (HELD_BACK_SAMPLES, MOST_HELD_BACK))
-    found: list[Batch] = []
-    count = size = 0
-    for batch in data.batches(BATCH_SIZE, start, start + most):
-        own = sum(array.nbytes for array in batch.feeds.values())
-        if count >= least and size + own > HELD_BACK_BYTES:
-            break
-        found.append(batch)
-        count, size = count + len(batch), size + own
-    return found
+class _Joined:
+    """Batches written one behind the other into arrays: at no time is there a second copy of them.
+
+    Attributes:
+        arrays: by input, and labels where every batch has some. Where the model takes so many samples at a time, a row is a batch.
+        batches, left_out: how many were read, and how many of them have another shape than the first.
+    """
+
+    def __init__(self, data: BoundData) -> None:
+        self.arrays: Arrays = {}
+        self.batches = self.left_out = 0
+        self._data, self._unit = data, _at_a_time(data)
+        self._most = -(-MOST_HELD_BACK // self._unit) * self._unit
+
+    def fill(self, start: int) -> int:
+        """Take the samples to hold back, from `start` on, more of small ones; returns how many they are."""
+        held = rows = 0
+        names: set[str] = set()
+        for batch in self._enough(start):
+            self.batches += 1
+            row = self._row(batch)
+            if not rows:
+                # Of what is never written the system keeps no pages.
+                self.arrays = {name: np.empty((self._most, *one.shape[1:]), one.dtype) for name, one in row.items()}
+                names = set(row)
+            if any(name in row and row[name].shape[1:] != self.arrays[name].shape[1:] for name in batch.feeds):
+                self.left_out += 1
+                continue
+            names &= set(row)
+            count = len(next(iter(row.values())))
+            for name in names:
+                wide = np.promote_types(self.arrays[name].dtype, row[name].dtype)  # text may get longer
+                self.arrays[name] = self.arrays[name].astype(wide, copy=False)
+                self.arrays[name][rows : rows + count] = row[name]
+            rows, held = rows + count, held + len(batch)
+        self.arrays = {name: self.arrays[name][:rows] for name in self.arrays if name in names}
+        return held
+
+    def _row(self, batch: Batch) -> Arrays:
+        """What goes into the arrays of a batch: its samples, or the whole batch as one row."""
+        found: Arrays = dict(batch.feeds)
+        if batch.labels is not None and LABELS not in found:
+            found[LABELS] = np.asarray(batch.labels)
+        calls = batch.single or self._unit > 1
+        return {name: array[None] for name, array in found.items()} if calls else found
+
+    def _enough(self, start: int) -> Iterator[Batch]:
+        least = -(-HELD_BACK_SAMPLES // self._unit) * self._unit
+        count = size = 0
+        for batch in self._data.batches(BATCH_SIZE, start, start + self._most):
+            own = sum(array.nbytes for array in batch.feeds.values())
+            if count >= least and size + own > HELD_BACK_BYTES:
+                return
+            yield batch
+            count, size = count + len(batch), size + own
 
 
 def save_arrays(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:

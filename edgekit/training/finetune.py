@@ -82,7 +82,7 @@ def finetune(
         student: nn.Module = prepare_qat(module, calibration, rules, method=method, scales=plan.scales, taps=taps)
     else:
         student = copied(module)  # as it is: BatchNorm that is folded trains badly where little is learned yet
-    start = measure(student) if measure else None
+    start = measure(student) if measure and plan.qat else before
     data = open_data_for(plan, module, calibration, preprocess, on_progress)
     [batch] = first_batches(data, plan, 1)
     labelled = LABELS in batch
@@ -109,7 +109,9 @@ def finetune(
     if masks is not None:
         masks.enforce(student)
     learned = ", ".join(distiller.loss.learns) if distiller else "labels"
-    after = measure(student) if measure else None
+    after = dict(trained.metrics).get(trained.kept_step)  # the loop asked for it last
+    if after is None and measure:
+        after = measure(student)
     return student, _record(plan, data, trained, learned, (before, start, after))
 
 
