@@ -63,7 +63,7 @@ def test_the_least_scores_of_all_go() -> None:
     assert found.choice["b"].tolist() == [1, 3]
     assert found.choice["a"].dtype == np.intp
     uneven = by_ratio([group("a", 1, 2, 3, 9), group("b", 7, 8, 6, 5)], 0.375)
-    assert {name: units.tolist() for name, units in uneven.choice.items()} == {"a": [3], "b": [0, 1, 2, 3]}
+    assert {name: units.tolist() for name, units in uneven.choice.items()} == {"a": [2, 3], "b": [0, 1, 2]}
     assert uneven.remarks == ()
 
 
@@ -79,8 +79,8 @@ def test_of_equal_units_the_first_are_kept() -> None:
 
 def test_units_count_with_their_channels() -> None:
     heads, plain = group("heads", 1, 2, 3, 4, width=8), group("plain", *np.linspace(5, 6, 32))
-    found = by_ratio([heads, plain], 0.375)  # of 64 channels 24: three heads
-    assert kept(found.choice) == {"heads": 1, "plain": 32}
+    found = by_ratio([heads, plain], 0.375)  # of 64 channels 24: two heads, half of them stay, and eight others
+    assert kept(found.choice) == {"heads": 2, "plain": 24}
 
 
 @pytest.mark.parametrize(
@@ -129,13 +129,31 @@ def test_what_cannot_be_rounded_is_kept_and_told() -> None:
 
 
 def test_a_group_whose_number_is_no_multiple_keeps_it_when_nothing_goes() -> None:
-    found = by_ratio([group("a", *[1000.0] * 61), ramp("b", 61)], 0.4, multiples=16)
-    assert kept(found.choice) == {"a": 61, "b": 16}
+    found = by_ratio([group("a", *[1000.0] * 61), ramp("b", 61)], 0.24, multiples=16)
+    assert kept(found.choice) == {"a": 61, "b": 32}
+
+
+def test_a_group_keeps_half_of_what_it_would_if_all_lost_the_same() -> None:
+    weak, strong = group("weak", *np.linspace(0, 1, 40)), group("strong", *np.linspace(5, 6, 40))
+    found = by_ratio([weak, strong], 0.6)
+    assert kept(found.choice) == {"weak": 8, "strong": 24}
+    assert found.remarks == ()
+    costs = [
+        LayerCost("one", 100, 1, (1, 40), (), (("weak", 1.0),)),
+        LayerCost("two", 100, 1, (1, 40), (), (("strong", 1.0),)),
+    ]
+    assert kept(by_macs([weak, strong], costs, 0.64).choice) == {"weak": 16, "strong": 35}
 
 
 def test_no_group_is_emptied_and_the_limited_ones_are_named() -> None:
-    found = by_ratio([group("weak", *np.linspace(0, 1, 40)), group("strong", *np.linspace(5, 6, 40))], 0.6)
-    assert kept(found.choice) == {"weak": 4, "strong": 28}
+    weak, strong = group("weak", *np.linspace(0, 1, 40)), group("strong", *np.linspace(5, 6, 40))
+    costs = [
+        LayerCost("fixed", 40, 1, (1, 1)),
+        LayerCost("one", 30, 1, (1, 40), (), (("weak", 1.0),)),
+        LayerCost("two", 30, 1, (1, 40), (), (("strong", 1.0),)),
+    ]
+    found = by_macs([weak, strong], costs, 0.5)
+    assert kept(found.choice) == {"weak": 4, "strong": 9}
     assert found.choice["weak"].tolist() == [36, 37, 38, 39]
     assert "weak (4 channels)" in found.remarks[0]
     assert "strong" not in found.remarks[0]
