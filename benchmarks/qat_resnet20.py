@@ -50,6 +50,8 @@ QAT8 = FLOAT.model_copy(update={"learning_rate": 1e-3})
 QAT4 = FLOAT.model_copy(update={"learning_rate": 2e-2, "clip_norm": 1.0})
 VARIED = Augment(flip=True, crop=4)
 FOUR = Method(weights="int4", precision="int4")
+TAUGHT = Distillation(kind=("response", "feature"))
+"""Answers and features of the float network."""
 MOST_LOST_8, LEAST_4, LEAST_WON_4 = 0.002, 0.850, 0.06
 EFFORT = Effort(rounds=3, bursts=5, burst_seconds=0.2)
 
@@ -75,15 +77,14 @@ def resnet20_section(zoo: Path, folder: Path) -> Part:
     runs = [work.ptq("float and PTQ before", start, Method())]
     longer = [work.score(work.fit(start, _seeded(FLOAT, seed), f"float, seed {seed}")) for seed in SEEDS]
     eight = [work.qat(f"W8A8 QAT, seed {seed}", start, Method(), _seeded(QAT8, seed)) for seed in SEEDS]
-    taught = Distillation()
     four = [
-        work.qat(f"W4A4 QAT, float teaches, seed {seed}", start, FOUR, _seeded(QAT4, seed), distill=taught)
+        work.qat(f"W4A4 QAT, float teaches, seed {seed}", start, FOUR, _seeded(QAT4, seed), distill=TAUGHT)
         for seed in SEEDS
     ]
     alone = work.qat("W4A4 QAT, labels alone", start, FOUR, _seeded(QAT4, 0))
     apart = work.qat("W8A8 QAT for TensorRT", start, Method(), _seeded(QAT8, 0), target=SYMMETRIC)
     ptq4 = work.ptq("W4A4 PTQ", start, FOUR)
-    free = work.qat("W4A4 QAT, no labels", start, FOUR, _seeded(QAT4, 0), labels=False)
+    free = work.qat("W4A4 QAT, no labels", start, FOUR, _seeded(QAT4, 0), labels=False, distill=TAUGHT)
     runs += [*eight, apart, ptq4, *four, alone, free]
     minutes = (time.monotonic() - begin) / 60
     note = (
