@@ -245,6 +245,21 @@ def test_newer_and_equal_opsets_stay_and_the_source_is_never_changed() -> None:
         assert ir.to_proto(model).SerializeToString(deterministic=True) == before
 
 
+def test_a_model_of_another_domain_alone_gets_the_working_opset() -> None:
+    """Nodes that are added to it are ONNX's own."""
+    node = helper.make_node("ArrayFeatureExtractor", ["x", "picked"], ["y"], domain="ai.onnx.ml")
+    graph = helper.make_graph(
+        [node],
+        "picks",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [3, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [3, 1])],
+        [helper.make_tensor("picked", TensorProto.INT64, [1], [2])],
+    )
+    model = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("ai.onnx.ml", 1)], ir_version=8))
+    assert upgrade_opset(model, opset=OPSET).opset_imports == {"ai.onnx.ml": 1, "": OPSET}
+    assert "" not in model.opset_imports
+
+
 def test_older_than_opset_7_is_refused_with_what_to_do() -> None:
     b = GraphBuilder(6)
     model = ir.from_proto(b.proto(b.op("Relu", [b.input("x", [1, 4])])))

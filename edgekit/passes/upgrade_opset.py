@@ -37,6 +37,7 @@ def upgrade_opset(model: ir.Model, *, opset: int) -> ir.Model:
         raise SourceError(f"the model has opset {found}; {OLDEST} is the oldest that ONNX can upgrade: export it again")
     source, wanted = model, opset if found < opset else min(found, NEWEST)
     model = model.clone()
+    model.opset_imports.setdefault("", found)  # a model of other domains alone names none
     if found == wanted:
         return model
     common.InlinePass()(model)
