@@ -67,14 +67,14 @@ def held_back(data: BoundData, calibrating: int) -> tuple[Arrays, int, str]:
     There are only calibration's own where nothing is left, and only those that have one shape fit into arrays. Where the model takes
     so many at a time, each row is a call as it came: its first axis may be time, whose order matters.
     """
-    note, some = "", _Joined(data)
-    held = some.fill(calibrating)
+    note, joined = "", _Joined(data)
+    held = joined.fill(calibrating)
     if not held:
         note = "no samples were left to verify exports with: they are verified on those that calibrated"
-        held = some.fill(0)
-    if some.left_out:
-        note = f"{some.left_out} of {some.batches} batches of held-back samples have another shape and are left out"
-    return some.arrays, held, note
+        held = joined.fill(0)
+    if joined.left_out:
+        note = f"{joined.left_out} of {joined.batches} batches of held-back samples have another shape and are left out"
+    return joined.arrays, held, note
 
 
 class _Joined:
@@ -89,7 +89,9 @@ class _Joined:
         self.arrays: Arrays = {}
         self.batches = self.left_out = 0
         self._data, self._unit = data, _at_a_time(data)
-        self._most = -(-MOST_HELD_BACK // self._unit) * self._unit
+        self._least, self._most = (
+            -(-count // self._unit) * self._unit for count in (HELD_BACK_SAMPLES, MOST_HELD_BACK)
+        )
 
     def fill(self, start: int) -> int:
         """Take the samples to hold back, from `start` on, more of small ones; returns how many they are."""
@@ -100,7 +102,8 @@ class _Joined:
             row = self._row(batch)
             if not rows:
                 # Of what is never written the system keeps no pages.
-                self.arrays = {name: np.empty((self._most, *one.shape[1:]), one.dtype) for name, one in row.items()}
+                room = self._room(batch, start)
+                self.arrays = {name: np.empty((room, *one.shape[1:]), one.dtype) for name, one in row.items()}
                 names = set(row)
             if any(name in row and row[name].shape[1:] != self.arrays[name].shape[1:] for name in batch.feeds):
                 self.left_out += 1
@@ -115,6 +118,13 @@ class _Joined:
         self.arrays = {name: self.arrays[name][:rows] for name in self.arrays if name in names}
         return held
 
+    def _room(self, batch: Batch, start: int) -> int:
+        """Samples that there may be, by the size of the first ones."""
+        own = sum(array.nbytes for array in batch.feeds.values()) // max(1, len(batch))
+        enough = max(self._least, HELD_BACK_BYTES // max(1, own)) + max(BATCH_SIZE, self._unit)
+        found = min(self._most, enough)
+        return found if self._data.size is None else min(found, self._data.size - start)
+
     def _row(self, batch: Batch) -> Arrays:
         """What goes into the arrays of a batch: its samples, or the whole batch as one row."""
         found: Arrays = dict(batch.feeds)
@@ -124,11 +134,10 @@ class _Joined:
         return {name: array[None] for name, array in found.items()} if calls else found
 
     def _enough(self, start: int) -> Iterator[Batch]:
-        least = -(-HELD_BACK_SAMPLES // self._unit) * self._unit
         count = size = 0
         for batch in self._data.batches(BATCH_SIZE, start, start + self._most):
             own = sum(array.nbytes for array in batch.feeds.values())
-            if count >= least and size + own > HELD_BACK_BYTES:
+            if count >= self._least and size + own > HELD_BACK_BYTES:
                 return
             yield batch
             count, size = count + len(batch), size + own
