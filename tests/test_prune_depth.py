@@ -169,6 +169,15 @@ def test_a_block_whose_other_results_are_read_stays() -> None:
         gone(seeded(Reads), 1, TOKENS)
 
 
+def test_a_model_that_wants_more_of_its_blocks_than_a_result_is_told() -> None:
+    class Asks(Stack):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * sum(block.conv.stride[0] for block in self.blocks)
+
+    with pytest.raises(GoalError, match=r"does not run without any of its blocks \(blocks\.1, .*cut channels instead"):
+        gone(seeded(Asks), 1)
+
+
 def test_macs_and_parameters_are_counted() -> None:
     module = seeded(Stack)
     found, labels = cut(module, Prune(blocks=2))

@@ -77,6 +77,10 @@ def leave_out(module: nn.Module, count: int, call: Call, *, ignore: Sequence[str
         for _ in range(count):
             moved = {path: _moved(module, path, one, call, whole) for path, one in blocks.items()}
             path = min(moved, key=lambda name: moved[name])
+            if moved[path] == math.inf:
+                raise GoalError(
+                    f"the model does not run without any of its blocks ({some(list(moved))}); cut channels instead"
+                )
             put(module, path, blocks.pop(path))
             gone.append(path)
     return tuple(gone)

@@ -19,7 +19,7 @@ from edgekit.training.distill import task_loss
 from edgekit.training.forward import exportable, plain_call
 from edgekit.training.prune.costs import costs_of
 from edgekit.training.prune.depth import leave_out
-from edgekit.training.prune.groups import Examples, Prunable, few, find_groups
+from edgekit.training.prune.groups import Examples, Prunable, device_of, few, find_groups
 from edgekit.training.prune.importance import Loss
 from edgekit.training.prune.padding import is_selection
 
@@ -106,7 +106,8 @@ def shorten(module: nn.Module, plan: Prune, examples: Examples, *, recover: Reco
         EdgekitError: see `leave_out` and `recover`.
     """
     assert plan.blocks is not None, "the goal"
-    module = copied(exportable(unwrapped(module)))
+    device = device_of(module)
+    module = copied(exportable(unwrapped(module))).to("cpu")
     call = plain_call(module, few(examples, COMPARED))
     before = round(total_macs(costs_of(module, call), {})), _parameters(module)
     gone: tuple[str, ...] = ()
@@ -116,8 +117,9 @@ def shorten(module: nn.Module, plan: Prune, examples: Examples, *, recover: Reco
         if plan.schedule == SCRATCH:
             _forget(module, schedule.seed)
         module = recover(module, part, f"round {number + 1}")
+    module = module.to("cpu")
     after = round(total_macs(costs_of(module, call), {})), _parameters(module)
-    return Cutting(module, (), (before[0], after[0]), (before[1], after[1]), (), gone)
+    return Cutting(module.to(device), (), (before[0], after[0]), (before[1], after[1]), (), gone)
 
 
 def _rounds(plan: Prune, schedule: Schedule) -> Iterator[tuple[float, Schedule]]:

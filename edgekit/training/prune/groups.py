@@ -231,7 +231,7 @@ def find_groups(module: nn.Module, example_inputs: Examples, *, ignore: Sequence
     costs = layer_costs(prunable, call, couplings, attentions)
     for name, value in prunable.state_dict(keep_vars=True).items():
         value.data = value.data.to(dtypes.get(name, value.dtype))
-    prunable.to(_device(module))
+    prunable.to(device_of(module))
     return Prunable(
         prunable, groups, costs, tuple(remarks), replaced + padded, couplings, attentions, trial.records, call
     )
@@ -310,7 +310,8 @@ def _copied(module: nn.Module) -> nn.Module:
     return copied.to("cpu")
 
 
-def _device(module: nn.Module) -> torch.device:
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's first tensor is."""
     return next((one.device for one in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
 
