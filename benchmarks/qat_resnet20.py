@@ -48,7 +48,8 @@ FLOAT = Schedule(
 )
 QAT8 = FLOAT.model_copy(update={"learning_rate": 1e-3})
 QAT4 = FLOAT.model_copy(update={"learning_rate": 2e-2, "clip_norm": 1.0})
-VARIED = Augment(flip=True, crop=4)
+VARIED, FLIPPED = Augment(flip=True, crop=4), Augment(flip=True)
+"""Three epochs are few for a network that has much to learn anew: its images are not shifted."""
 FOUR = Method(weights="int4", precision="int4")
 TAUGHT = Distillation(kind=("response", "feature"))
 """Answers and features of the float network."""
@@ -92,7 +93,7 @@ def resnet20_section(zoo: Path, folder: Path) -> Part:
     alone = work.qat("W4A4 QAT, labels alone", start, FOUR, _seeded(QAT4, 0))
     apart = work.qat("W8A8 QAT for TensorRT", start, Method(), _seeded(QAT8, 0), target=SYMMETRIC)
     ptq4 = work.ptq("W4A4 PTQ", start, FOUR)
-    free = work.qat("W4A4 QAT, no labels", start, FOUR, _seeded(QAT4, 0), labels=False, distill=TAUGHT)
+    free = work.qat("W4A4 QAT, no labels", start, FOUR, _seeded(QAT4, 0), labels=False, distill=TAUGHT, augment=FLIPPED)
     runs += [*eight, apart, ptq4, *four, alone, free]
     minutes = (time.monotonic() - begin) / 60
     note = (
@@ -192,10 +193,11 @@ class _Work:
         labels: bool = True,
         distill: Distillation | None = None,
         target: str = "",
+        augment: Augment = VARIED,
     ) -> _Run:
         """While training; without labels on the same images, whose labels the float network's answers stand in for."""
         data = str(self.zoo / resnet20.TRAIN) if labels else self._unlabelled()
-        plan = Finetune(qat=True, data=data, schedule=schedule, augment=VARIED, distill=distill)
+        plan = Finetune(qat=True, data=data, schedule=schedule, augment=augment, distill=distill)
         return self._made(label, module, method, plan, target)
 
     def _unlabelled(self) -> str:
