@@ -222,7 +222,7 @@ class _Ladder:
 
     def counts(self, position: int) -> Counts:
         """The allowed numbers next to the wanted ones; the larger where two are as near."""
-        return tuple(_nearest(some, want) for some, want in zip(self.allowed, self.wanted(position), strict=True))
+        return tuple(_nearest(few, want) for few, want in zip(self.allowed, self.wanted(position), strict=True))
 
 
 def _ladder(
@@ -241,7 +241,7 @@ def _ladder(
         allowed = _allowed(groups, multiples, 0.0)
         return _Ladder(lambda at: units * (1 - at / _RATIO_STEPS), allowed, _RATIO_STEPS, None)
     allowed, floor = _allowed(groups, multiples, BALANCE * alike), BALANCE * alike
-    if floor < FLOOR or not meets(tuple(int(some[0]) for some in allowed)):
+    if floor < FLOOR or not meets(tuple(int(counts[0]) for counts in allowed)):
         allowed, floor = _allowed(groups, multiples, FLOOR), FLOOR
     owners = np.repeat(np.arange(len(groups)), units)
     order = owners[np.argsort(np.concatenate([group.scores for group in groups]), kind="stable")]
@@ -281,10 +281,10 @@ def _given_back(groups: Sequence[Group], ladder: _Ladder, position: int, fits: C
         return float((wanted[index] - counts[index]) / groups[index].units)
 
     while True:
-        open_groups = [index for index, some in enumerate(ladder.allowed) if counts[index] < some[-1]]
+        open_groups = [index for index, few in enumerate(ladder.allowed) if counts[index] < few[-1]]
         for index in sorted(open_groups, key=pressing, reverse=True):
-            some = ladder.allowed[index]
-            more = int(some[np.searchsorted(some, counts[index], side="right")])
+            few = ladder.allowed[index]
+            more = int(few[np.searchsorted(few, counts[index], side="right")])
             raised = (*counts[:index], more, *counts[index + 1 :])
             if fits(raised):
                 counts = raised
@@ -298,8 +298,8 @@ def _remarks(
 ) -> tuple[str, ...]:
     limited = [
         f"{group.name} ({count * group.width} channels)"
-        for group, some, want, count in zip(groups, ladder.allowed, wanted, counts, strict=True)
-        if want < some[0] == count < group.units
+        for group, few, want, count in zip(groups, ladder.allowed, wanted, counts, strict=True)
+        if want < few[0] == count < group.units
     ]
     floor = "one multiple" if ladder.floor is None else f"{FLOOR:.0%} of the channels, or one multiple,"
     told = limited and (ladder.floor is None or ladder.floor == FLOOR)
