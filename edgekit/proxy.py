@@ -26,7 +26,7 @@ AUTO, NONE = "auto", "none"
 LEAST_STEPS = 4
 """Of an output that a text is read from."""
 FEW = 8
-"""Samples from which on classes must be more than one."""
+"""Samples from which on scores can be told from marks."""
 LEAST_LETTERS = 32
 """Classes from which on scores that are no probabilities may be of letters: fewer are kinds of words more often."""
 UNIT = 1e-3
@@ -217,13 +217,19 @@ def _suits_threshold(outputs: Arrays, inputs: Arrays) -> tuple[str, ...]:
 
 def _suits_argmax(outputs: Arrays, inputs: Arrays) -> tuple[str, ...]:
     def suits(array: Array) -> bool:
-        if array.ndim == 2:  # of scores that are no alternatives, such as marks, one is always the largest
-            return array.shape[1] > 1 and (len(array) < FEW or len(set(array.argmax(axis=1).tolist())) > 1)
+        if array.ndim == 2:
+            return array.shape[1] > 1 and (len(array) < FEW or _alternatives(array))
         return array.ndim > 2 and any(_distribution(array, axis) for axis in (1, array.ndim - 1))
 
     probabilities = {name: array for name, array in outputs.items() if array.ndim == 2 and _is_float(array)}
     alternatives = {name: array for name, array in probabilities.items() if _distribution(array, 1)}
     return _first(alternatives, suits) or _first(outputs, suits)
+
+
+def _alternatives(array: Array) -> bool:
+    """Whether scores `(N, classes)` are of classes, one of them right, not marks: of those one is always the largest, or none is below 0."""
+    varied = len(set(array.argmax(axis=1).tolist())) > 1
+    return varied and (_distribution(array, 1) or bool((array < 0).any()))
 
 
 def _suits_equal(outputs: Arrays, inputs: Arrays) -> tuple[str, ...]:

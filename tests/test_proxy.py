@@ -126,6 +126,7 @@ def test_the_decision_is_seen_in_the_outputs_and_a_model_agrees_with_itself(
             "marks": np.tile(np.array([3.0, 4.5, 3.5], np.float32), (16, 1))
             + rng().random((16, 3)).astype(np.float32) / 3
         },
+        {"marks": (3 + rng().normal(0, 0.4, (16, 3))).astype(np.float32)},
         {"signal": rng().normal(0, 1, (4, 100)).astype(np.float32)[:, :1]},
         {"scalar": np.float32(0.5)},
         {"broken": np.full((4, 10), np.nan, np.float32)},

@@ -73,8 +73,11 @@ class OpenVinoBackend:
         from edgekit_openvino.compiled import save_ir
 
         path = out / f"{model.stem}.xml"
-        save_ir(model, path)
-        return Artifact(path, (path, path.with_suffix(".bin")), precision)
+        empty = save_ir(model, path)
+        notes = (
+            (f"OpenVINO drops inputs that hold nothing: do not feed {', '.join(map(repr, empty))}",) if empty else ()
+        )
+        return Artifact(path, (path, path.with_suffix(".bin")), precision, notes)
 
     def float_precisions(self, target: Target) -> tuple[str, ...]:
         """Float32, and bfloat16 where this CPU has it: OpenVINO then takes it by default."""

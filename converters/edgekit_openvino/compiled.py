@@ -23,13 +23,14 @@ _PRECISIONS = {"i8": "int8", "u8": "int8", "f32": "f32", "bf16": "bf16", "f16": 
 _NO_KERNEL = ("Input", "Output", "Const", "Parameter", "Result", "Constant")
 
 
-def save_ir(model: Path, path: Path) -> None:
-    """Read an ONNX file and save it as OpenVINO IR, in a process of its own.
+def save_ir(model: Path, path: Path) -> tuple[str, ...]:
+    """Read an ONNX file and save it as OpenVINO IR, in a process of its own; the names of inputs that it drops: those of no numbers.
 
     Raises:
         BackendError: with OpenVINO's words, or that it crashed.
     """
-    producers = {value.name: value.producer() for value in ir.load(model).graph.outputs}
+    graph = ir.load(model).graph
+    producers = {value.name: value.producer() for value in graph.outputs}
     names = json.dumps({name: node.name for name, node in producers.items() if node is not None and node.name})
     command = [sys.executable, "-P", convert.__file__, str(model), str(path), names]
     ended = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
@@ -40,6 +41,8 @@ def save_ir(model: Path, path: Path) -> None:
         raise BackendError(
             f"{model}: OpenVINO crashed while it read the model (exit code {ended.returncode}; its last words: {last}); try another version"
         )
+    read = set(json.loads(ended.stdout.splitlines()[-1]))
+    return tuple(value.name for value in graph.inputs if value.name and value.name not in read)
 
 
 def has_bfloat16() -> bool:
@@ -64,13 +67,14 @@ class OpenVinoModel:
             self._compiled = ov.Core().compile_model(artifact.path, "CPU", config)
         except RuntimeError as error:
             raise BackendError(f"{artifact.path}: OpenVINO refuses the model: {convert.reason(error)}") from error
+        self._inputs = [convert.input_name(port) for port in self._compiled.inputs]
         self._names = [convert.output_name(output) for output in self._compiled.outputs]
 
     def run(self, feeds: Feeds) -> Outputs:
         """Run one inference: arrays by input name in, arrays by output name out."""
-        request = self._compiled.create_infer_request()
+        request, given = self._compiled.create_infer_request(), self._given(feeds)
         try:
-            request.infer(dict(feeds))
+            request.infer(given)
         except RuntimeError as error:
             raise BackendError(f"{self._path}: OpenVINO fails to run: {convert.reason(error)}") from error
         tensors = [request.get_output_tensor(i) for i in range(len(self._names))]
@@ -79,11 +83,11 @@ class OpenVinoModel:
     def prepare(self, feeds: Feeds) -> Callable[[], None]:
         """One inference on tensors that share memory with `feeds`."""
         request = self._compiled.create_infer_request()
-        arrays = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
-        for name, array in arrays.items():
-            request.set_tensor(name, ov.Tensor(array, shared_memory=True))
+        arrays = {index: np.ascontiguousarray(array) for index, array in self._given(feeds).items()}
+        for index, array in arrays.items():
+            request.set_input_tensor(index, ov.Tensor(array, shared_memory=True))
 
-        def infer(arrays: dict[str, Any] = arrays) -> None:  # the arrays must outlive the tensors
+        def infer(arrays: dict[int, Any] = arrays) -> None:  # the arrays must outlive the tensors
             request.start_async()
             request.wait()
 
@@ -102,6 +106,15 @@ class OpenVinoModel:
             kernel, precision = _text(info, "primitiveType"), _text(info, "runtimePrecision").lower()
             records.append(KernelRecord(names, f"{layer_type}/{kernel}", _PRECISIONS.get(precision, precision)))
         return records
+
+    def _given(self, feeds: Feeds) -> dict[int, Any]:
+        """The arrays by the number of the input that reads them: see `convert.input_name`; those that were dropped are left out."""
+        missing = [name for name in self._inputs if name not in feeds]
+        if missing:
+            raise BackendError(
+                f"{self._path}: OpenVINO fails to run: input {missing[0]!r} has no array (given: {', '.join(feeds) or 'none'})"
+            )
+        return {index: feeds[name] for index, name in enumerate(self._inputs)}
 
 
 _OWN_TYPES = "Convert|ConvolutionBackpropData|Divide|GroupConvolution|MVN|Multiply|Subtract"

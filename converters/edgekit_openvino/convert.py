@@ -18,7 +18,7 @@ REFUSED = 3
 
 
 def main(model: str, path: str, names: str) -> None:
-    """Read an ONNX file and save it as OpenVINO IR, weights in the precision that they have.
+    """Read an ONNX file and save it as OpenVINO IR, weights in the precision that they have; prints the inputs that it reads, as JSON.
 
     Args:
         model: the ONNX file.
@@ -29,6 +29,7 @@ def main(model: str, path: str, names: str) -> None:
         network = ov.Core().read_model(Path(model))
         _name_outputs(network, json.loads(names))
         ov.save_model(network, Path(path), compress_to_fp16=False)
+        print(json.dumps([input_name(port) for port in network.inputs]))
     except RuntimeError as error:
         print(reason(error))
         sys.exit(REFUSED)
@@ -38,8 +39,14 @@ def _name_outputs(network: Any, names: dict[str, str]) -> None:
     """Give the operations that make the outputs the names of their ONNX nodes, as all others have; OpenVINO names them by tensor."""
     for output in network.outputs:
         name = names.get(output_name(output))
-        if name:
-            output.get_node().input_value(0).get_node().set_friendly_name(name)
+        made_by = output.get_node().input_value(0).get_node()
+        if name and made_by.get_type_name() != "Parameter":
+            made_by.set_friendly_name(name)
+
+
+def input_name(port: Any) -> str:
+    """The ONNX name of an input; its tensor has that of an output that it is handed to unchanged."""
+    return str(port.get_node().get_friendly_name())
 
 
 def output_name(output: Any) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from edgekit.graph.run import Arrays, Session, with_outputs
 from edgekit.graph.sizes import WATCHED_BYTES, in_parts, peak_bytes, value_bytes
@@ -17,7 +18,7 @@ class Probe:
     """Sessions that show the values of a graph; several threads may use them at once.
 
     Most models need one. Where the values of one sample take more than `most_bytes`, they are fetched in parts, each by a run of its
-    own, and the sessions give back what they took after each run.
+    own, and the sessions give back what they took after each run. Each computes, and holds the weights of, what its part hangs on.
 
     Args:
         model: the graph.
@@ -69,6 +70,8 @@ class Probe:
 
     def _open(self, part: list[str], *, lean: bool) -> Session:
         model = with_outputs(self._model, set(part))
+        model.graph.outputs[:] = [value for value in model.graph.outputs if value.name in part]
+        RemoveUnusedNodesPass()(model)
         return Session(model, optimize=self._optimize, threads=self._threads, lean=lean)
 
     def _parts(self, feeds: Mapping[str, NDArray[np.generic]]) -> list[list[str]]:

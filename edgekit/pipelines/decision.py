@@ -103,6 +103,7 @@ def open_decision(graph: ir.Model, samples: BoundData, kind: str = AUTO) -> Deci
     count = sum(next((len(array) for array in batch.values() if array.ndim), 1) for batch in feeds)
     if proxy is not None:
         floor, aim = (f"{100 * (1 - share):g}" for share in (FLOOR, AIM))
+        floats = [{name: batch[name] for name in proxy.outputs} for batch in floats]  # the others may be large
         evaluate, decisions = open_proxy(proxy, feeds, floats), count_decisions(proxy, floats)
         return Decision(proxy, evaluate, FLOOR, floor, aim, count, decisions=decisions)
     if not any(array.dtype.kind == "f" for array in floats[0].values()):
