@@ -227,7 +227,7 @@ def _suits_argmax(outputs: Arrays, inputs: Arrays) -> tuple[str, ...]:
 
 
 def _alternatives(array: Array) -> bool:
-    """Whether scores `(N, classes)` are of classes, one of them right, not marks: of those one is always the largest, or none is below 0."""
+    """Whether scores `(N, classes)` are of classes, one of them right, not marks: of those one is always the largest, or none below 0."""
     varied = len(set(array.argmax(axis=1).tolist())) > 1
     return varied and (_distribution(array, 1) or bool((array < 0).any()))
 
