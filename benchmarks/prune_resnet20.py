@@ -24,7 +24,9 @@ INSIDE = Prune(macs=MACS, scope="layer", round_to=4, ignore=("conv1", "layer?.*.
 """As much of each block, by l1; what residual additions join keeps its channels."""
 MANY_EPOCHS = 20
 RECOVERY = Schedule(epochs=EPOCHS, optimizer="adamw", learning_rate=3e-3, batch_size=64, track="none", save_every=0)
-LONG = RECOVERY.model_copy(update={"epochs": MANY_EPOCHS})
+LONG = RECOVERY.model_copy(
+    update={"epochs": MANY_EPOCHS, "optimizer": "sgd", "learning_rate": 0.05, "weight_decay": 5e-4}
+)
 ANSWERS = Distillation(hard=0.1)
 FEATURES = Distillation(kind=("response", "feature"), hard=0.1, weight=3)
 TEACHING = {
@@ -70,7 +72,7 @@ def resnet20_section(zoo: Path, folder: Path) -> Part:
         f"The checkpoint, fine-tuned for {EPOCHS} epochs on the 10,000 JPEG training images, scores {before:.4f} on the 2,000 test images: "
         f"there all rows begin. As many epochs more in float: {longer[EPOCHS]:.4f}; {MANY_EPOCHS} more: {longer[MANY_EPOCHS]:.4f}. "
         f"Recovery: {RECOVERY.optimizer} at {RECOVERY.learning_rate:g}, batches of {RECOVERY.batch_size}, images flipped, in the long run "
-        f"shifted too; {FEATURES.summary}, features with the weight {FEATURES.weight:g}. {BY_HAND}"
+        f"{LONG.optimizer} at {LONG.learning_rate:g} with a weight decay of {LONG.weight_decay:g}, and images shifted too; {FEATURES.summary}, features with the weight {FEATURES.weight:g}. {BY_HAND}"
     )
     heads = ["what goes, learned from", "epochs", "MACs", "parameters", "cut", "recovered", "seconds in all"]
     return Part("ResNet-20, half of the MACs", note, heads, list(map(_told, rows)), list(_claims(rows, longer)))
