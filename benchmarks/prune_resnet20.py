@@ -71,8 +71,9 @@ def resnet20_section(zoo: Path, folder: Path) -> Part:
     note = (
         f"The checkpoint, fine-tuned for {EPOCHS} epochs on the 10,000 JPEG training images, scores {before:.4f} on the 2,000 test images: "
         f"there all rows begin. As many epochs more in float: {longer[EPOCHS]:.4f}; {MANY_EPOCHS} more: {longer[MANY_EPOCHS]:.4f}. "
-        f"Recovery: {RECOVERY.optimizer} at {RECOVERY.learning_rate:g}, batches of {RECOVERY.batch_size}, images flipped, in the long run "
-        f"{LONG.optimizer} at {LONG.learning_rate:g} with a weight decay of {LONG.weight_decay:g}, and images shifted too; {FEATURES.summary}, features with the weight {FEATURES.weight:g}. {BY_HAND}"
+        f"Recovery: {RECOVERY.optimizer} at {RECOVERY.learning_rate:g}, batches of {RECOVERY.batch_size}, images flipped; in the long run "
+        f"{LONG.optimizer} at {LONG.learning_rate:g} with a weight decay of {LONG.weight_decay:g}, images shifted too. "
+        f"{FEATURES.summary}, features with the weight {FEATURES.weight:g}. {BY_HAND}"
     )
     heads = ["what goes, learned from", "epochs", "MACs", "parameters", "cut", "recovered", "seconds in all"]
     return Part("ResNet-20, half of the MACs", note, heads, list(map(_told, rows)), list(_claims(rows, longer)))
