@@ -48,18 +48,19 @@ def compressed(model: WildModel, folder: Path) -> Iterator[dict[str, Any]]:
     """One row for the default command, and one for each target and peer."""
     assert model.path is not None
     calibration = model.feeds(model.count, CALIBRATION)
-    feeds, floats = _tested(model)
-    judge = _judge(feeds, floats)
     begin = time.monotonic()
     try:
         record = edgekit.compress(model.path, folder / "out", calibration=calibration, samples=model.count // 2).record
     except EdgekitError as error:
         yield {"by": "edgekit", "on": "compress", "refused": str(error)}
         return
+    seconds, peak = time.monotonic() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     lifted = record.lifted.lifted if record.lifted else ()
+    feeds, floats = _tested(model)  # not before: they are none of what compressing takes
+    judge = _judge(feeds, floats)
     yield {
-        "by": "edgekit", "on": "compress", "seconds": time.monotonic() - begin, "proxy": judge[0], "lifted": len(lifted),
-        "layers": len(record.layers), "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, "notes": record.notes,
+        "by": "edgekit", "on": "compress", "seconds": seconds, "proxy": judge[0], "lifted": len(lifted),
+        "layers": len(record.layers), "peak_gb": peak, "notes": record.notes,
     }  # fmt: skip
     for name in TARGETS:
         yield {"by": "edgekit", "on": name, **_exported(folder, name, judge, feeds, floats, model.path)}

@@ -15,7 +15,7 @@ from wild_data import file_bytes, lines, pages, photos, tones
 Array = NDArray[Any]
 Feeds = dict[str, Array]
 
-SAMPLES = 128
+SAMPLES = 256
 """Half of them calibrate, half are held back; as many others test."""
 
 
@@ -69,7 +69,7 @@ def _calls(count: int, seed: int) -> list[Feeds]:
 
 
 MODELS = (
-    WildModel("nudenet 320n", "YOLOv8 detector", "nudenet", "320n.onnx", lambda n, s: {"images": _images(photos(n, 320, 320, s))}, 96),
+    WildModel("nudenet 320n", "YOLOv8 detector", "nudenet", "320n.onnx", lambda n, s: {"images": _images(photos(n, 320, 320, s))}, 192),
     WildModel("magika", "file types", "magika", "models/standard_v3_3/model.onnx", lambda n, s: {"bytes": file_bytes(n, 2048, s)}),
     WildModel(
         "ddddocr common", "captcha text", "ddddocr", "common.onnx",
@@ -81,7 +81,7 @@ MODELS = (
     ),
     WildModel(
         "PP-OCRv4 det", "text segmentation", "rapidocr_onnxruntime", "models/ch_PP-OCRv4_det_infer.onnx",
-        lambda n, s: {"x": _half(pages(n, 320, s))}, 64,
+        lambda n, s: {"x": _half(pages(n, 320, s))}, 128,
     ),
     WildModel(
         "PP-OCRv4 rec", "text recognition, CTC", "rapidocr_onnxruntime", "models/ch_PP-OCRv4_rec_infer.onnx",
@@ -100,7 +100,7 @@ MODELS = (
     ),
     WildModel(
         "basic-pitch", "notes in music", "basic_pitch", "saved_models/icassp_2022/nmp.onnx",
-        lambda n, s: {"serving_default_input_2:0": tones(n, 43844, s, rate=22050)[..., None]}, 48,
+        lambda n, s: {"serving_default_input_2:0": tones(n, 43844, s, rate=22050)[..., None]}, 128,
     ),
     WildModel(
         "DNSMOS", "quality of speech", "speechmos", "dnsmos_models/sig_bak_ovr.onnx", lambda n, s: {"input_1": tones(n, 144160, s)}, 48

@@ -69,6 +69,14 @@ def test_a_runtime_that_stays_closer_to_float_agrees() -> None:
     assert compare(batches(noisy(FLOAT, 9, seed=2)), batches(simulated), batches(FLOAT)).agrees is False
 
 
+def test_rounding_adds_little_to_what_quantization_does() -> None:
+    """Flips of codes add up in a deep network, to the side of the quantization error too."""
+    simulated = noisy(FLOAT, 21)
+    away = simulated - FLOAT
+    assert compare(batches(simulated + away / 2.2), batches(simulated), batches(FLOAT)).agrees is True
+    assert compare(batches(simulated + away / 1.8), batches(simulated), batches(FLOAT)).agrees is False
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_numbers_that_are_none_do_not_agree(bad: float) -> None:
     ran = SIMULATED.copy()
