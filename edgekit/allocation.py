@@ -11,7 +11,9 @@ from edgekit.errors import GoalError
 from edgekit.frontier import Allocated, Frontier
 
 WITHIN = 0.1
-"""A choice that meets its goal by less than this share of it is near enough."""
+"""A choice that meets its goal by less than this share of it is as good as was asked for."""
+NEAR = 0.04
+"""One that meets it by less than this is not improved on: measurements scatter by as much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ class Reached:
 def meet_goal(
     frontier: Frontier, measure: Callable[[Choice], float], goal_ms: float, *, most: int = 5, within: float = WITHIN
 ) -> Reached:
-    """Measure choices until one is no slower than the goal, and no more than `within` faster.
+    """Measure choices until one is no slower than the goal, and hardly faster.
 
     What is foretold is corrected by the last measurement's ratio to it. Choices that are slower than one that was too slow, or faster
     than one that was fast enough, are not measured any more. The slowest that is fast enough is the result.
@@ -57,7 +59,7 @@ def meet_goal(
         measure: prunes so and measures the whole model (ms).
         goal_ms: what it is to take (ms).
         most: the most measurements.
-        within: a share of the goal.
+        within: a share of the goal, by which the result may miss it.
 
     Raises:
         GoalError: none was within `within` above the goal; the message says the fastest that was measured.
@@ -73,7 +75,7 @@ def meet_goal(
         ratio = measured / following.predicted_ms
         if measured > goal_ms:
             too_slow = min(too_slow, following.predicted_ms)
-        elif measured >= goal_ms * (1 - within):
+        elif measured >= goal_ms * (1 - min(NEAR, within)):
             break
         else:
             enough = max(enough, following.predicted_ms)

@@ -49,12 +49,25 @@ def test_what_is_foretold_rightly_is_measured_once(frontier: Frontier) -> None:
 def test_a_wrong_prophecy_is_corrected_from_both_sides(frontier: Frontier) -> None:
     slower, measured = truth(1.3, 0.0)
     found = meet_goal(frontier, slower, 5.0)
-    assert measured == [10, 7]
+    assert measured == [10, 7, 8]
     assert found.met and 4.5 <= found.measured_ms <= 5.0
     faster, measured = truth(0.7, 0.0)
     found = meet_goal(frontier, faster, 5.0)
     assert measured == [10, 14]
     assert found.met and 4.5 <= found.measured_ms <= 5.0
+
+
+def test_what_is_faster_than_asked_for_gets_channels_back() -> None:
+    """4.6 ms are within a tenth of 5, and take one channel more than 4.95 do."""
+    frontier, measured = frontier_of(multiple=1), list[int]()
+
+    def measure(choice: Choice) -> float:
+        measured.append(len(choice["a"]))
+        return {10: 4.6, 11: 4.95}.get(len(choice["a"]), 5.5)
+
+    found = meet_goal(frontier, measure, 5.0)
+    assert found.measured_ms == 4.95
+    assert measured[0] == 10 and measured[-1] == 11
 
 
 def test_what_does_not_shrink_is_found_out(frontier: Frontier) -> None:
