@@ -10,6 +10,7 @@ import onnx_ir as ir
 from edgekit.errors import TargetError
 from edgekit.graph.annotations import get_params
 from edgekit.graph.operators import FLOATS, LINEAR, Roles, dims, is_constant, is_float, roles
+from edgekit.quant.spec import QuantParams
 from edgekit.target import Target
 from edgekit.words import nearest
 
@@ -17,6 +18,10 @@ PRECISION = "edgekit.precision"
 """The metadata key, of nodes, of `precision`."""
 ACTIVATIONS = "edgekit.activations"
 """The metadata key of layers whose activations have no grid: "dynamic" where it is found at run time, "none" where they stay float."""
+FEW_BITS = ("int2", "int4")
+"""Precisions in which only layers read codes."""
+LEAST_CODES = 128
+"""Fewer are too few for what is added up."""
 LEAST_TABLE = 1 << 16
 """Elements; what a smaller table would save is not worth a node."""
 
@@ -58,6 +63,7 @@ def quantized_nodes(
        pools, and products of activations, stay float there.
     5. The two products of attention stay float, unless the target's rules say otherwise.
     6. A convolution of a Softmax is an expectation, such as a box distribution's: float.
+    7. Lighter operators stay float where fewer than 8 bits are asked for: no runtime adds in 4, and sums need more.
 
     Nodes named in `keep_float`, and those whose `precision` is "float", are left out.
     """
@@ -75,7 +81,8 @@ def quantized_nodes(
         elif not kept and found is not None:
             reads = {node.inputs[i] for i in found.activations}
             ends = node not in leading and node.op_type not in POOLS
-            kept = ends or not reads & convolved or bool(reads & multiplied)
+            few = precision(node) in FEW_BITS or any(has_few_bits(get_params(value)) for value in reads)
+            kept = ends or few or not reads & convolved or bool(reads & multiplied)
         if not kept and found is not None:
             chosen[node] = found
             (multiplied if node.op_type in ("MatMul", "Gemm") else convolved).update(node.outputs)
@@ -98,6 +105,11 @@ def on_codes(value: ir.Value, chosen: Mapping[ir.Node, Roles], target: Target) -
 def precision(node: ir.Node) -> str:
     """What was asked for this very node: "int8", "int16" or "float"; empty when nothing was."""
     return node.metadata_props.get(PRECISION, "")
+
+
+def has_few_bits(params: QuantParams | None) -> bool:
+    """Whether a grid has fewer than 8 bits, be they in the codes of a wider type."""
+    return params is not None and params.qmax - params.qmin < LEAST_CODES
 
 
 def embeddings(graph: ir.Graph) -> list[ir.Node]:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from edgekit.graph.annotations import get_params
 from edgekit.graph.operators import Roles, is_constant
-from edgekit.graph.rules import absorbed_output, pads_with_zero, quantized_nodes, scaled_across
+from edgekit.graph.rules import absorbed_output, has_few_bits, pads_with_zero, quantized_nodes, scaled_across
 from edgekit.quant.affine import quantize
 from edgekit.quant.spec import QuantParams, same_grid
 from edgekit.target import Target
@@ -163,12 +163,12 @@ def _reaches_float_pad(node: ir.Node, placement: Placement, target: Target) -> b
 def _share_output(node: ir.Node, placement: Placement, target: Target, keep_float: frozenset[str]) -> None:
     """Put a pair on what a quantized node makes; activation functions that this makes redundant are left out.
 
-    A Gemm or MatMul has kernels with float output, which are kept where nobody reads codes.
+    A Gemm or MatMul has kernels with float output, which are kept where nobody reads codes. Of few bits no kernel makes codes.
     """
     for output in node.outputs:
         last = absorbed_output(output, target)
         grid = get_params(last)
-        if grid is None or (node.op_type in _FLOAT_OUTPUT and not placement.readers(last)):
+        if grid is None or has_few_bits(grid) or (node.op_type in _FLOAT_OUTPUT and not placement.readers(last)):
             continue
         between = _chain(output, last)
         dropped = target.quantization.drop_redundant

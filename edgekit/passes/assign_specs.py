@@ -10,6 +10,7 @@ from edgekit.graph.annotations import get_params, set_wish
 from edgekit.graph.operators import Roles, is_constant
 from edgekit.graph.rules import (
     ACTIVATIONS,
+    FEW_BITS,
     PRECISION,
     RECURRENT_WEIGHTS,
     absorbed_output,
@@ -29,7 +30,7 @@ def assign_specs(model: ir.Model, target: Target, method: Method = EVERYTHING) -
     """Mark the tensors that `target` quantizes with the spec that it and the `method` want.
 
     1. The activations and the constant weight that a quantized node reads.
-    2. The output of a quantized node, behind the activation function that is absorbed into it.
+    2. The output of a quantized node, behind the activation function that is absorbed into it; not of one that reads few bits.
     3. Every tensor that shares a grid with a marked one (Concat, pass-through operators).
     4. Tables that are looked up (embeddings), one scale for each row.
     5. Weights of operators with a memory, one scale for each row of both directions.
@@ -54,7 +55,8 @@ def assign_specs(model: ir.Model, target: Target, method: Method = EVERYTHING) -
             continue
         read = [value for i in parts.activations if (value := node.inputs[i]) is not None]
         marked.update(read)
-        marked.update(absorbed_output(out, target) for out in node.outputs)
+        if own.precision not in FEW_BITS:
+            marked.update(absorbed_output(out, target) for out in node.outputs)
         for value in read:
             asked[value] = max(own.precision, asked.get(value, own.precision), key=BITS.__getitem__)
     _spread(model, target, marked)
@@ -105,7 +107,7 @@ def _weight_spec(spec: QuantSpec, node: ir.Node, parts: Roles) -> tuple[QuantSpe
 def _activation_spec(spec: QuantSpec, precision: str) -> QuantSpec:
     if precision == "int16":
         return replace(spec, dtype=WIDE[spec.dtype])
-    if precision in ("int2", "int4"):
+    if precision in FEW_BITS:
         # Few codes are too dear for a side that has no numbers; lowering finds each of them a place in any wider type.
         return QuantSpec(f"uint{BITS[precision]}")
     return spec
