@@ -74,6 +74,9 @@ def test_every_runtime_computes_the_simulation(bits: int, tmp_path: Path) -> Non
         assert not any(
             value.dtype in (ir.DataType.UINT4, ir.DataType.UINT2) for node in lowered.graph for value in node.outputs
         )
+        [add] = [node for node in lowered.graph if node.op_type == "Add"]
+        made_by = {value.producer().op_type for value in add.inputs}  # type: ignore[union-attr]
+        assert made_by == {"Conv", "Relu"}, "what is added up has all its bits"
 
 
 def test_what_layers_read_takes_few_points(tmp_path: Path) -> None:
