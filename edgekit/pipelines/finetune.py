@@ -84,9 +84,7 @@ class Tuning:
         """An ONNX source's graph, pruned as asked. Raises as `prune_graph` does."""
         if self.prune is None:
             return graph
-        graph, self.pruned = prune_graph(
-            graph, self.prune, examples, self.rules, cache=None, on_progress=self.on_progress
-        )
+        graph, self.pruned = prune_graph(graph, self.prune, examples, self.rules, on_progress=self.on_progress)
         return graph
 
     def _tune(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ Arrays = dict[str, NDArray[np.generic]]
 
 
 def prune_graph(
-    model: ir.Model, plan: Prune, examples: Arrays, rules: Target, *, cache: Path | None, on_progress: Progress
+    model: ir.Model, plan: Prune, examples: Arrays, rules: Target, *, on_progress: Progress
 ) -> tuple[ir.Model, Pruned]:
     """A float graph in canonical form without some channels, proven to compute what it did with these masked; and the record of it.
 
@@ -35,7 +34,6 @@ def prune_graph(
         plan: what to cut.
         examples: a few samples of the inputs.
         rules: whose numbers of channels are liked, where `plan` leaves that open.
-        cache: a folder for measured times; None is the user's own.
         on_progress: told of each step.
 
     Raises:
@@ -58,7 +56,7 @@ def prune_graph(
     if not channels.groups:
         why = some([f"{name}: {reason}" for name, reason in channels.fixed.items()])
         raise GraphError(f"the graph has no channels that can be cut: {why}")
-    timing = Timing(plan, cache, on_progress) if plan.timed else None
+    timing = Timing(plan, on_progress) if plan.timed else None
     if timing is None:
         chosen = Amount(plan, rules.pruning).choose(channels.groups, channels.costs, 1.0)
     else:

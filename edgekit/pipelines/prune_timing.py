@@ -58,11 +58,11 @@ class Timing:
         found: of what was measured last.
     """
 
-    def __init__(self, plan: Prune, cache: Path | None, on_progress: Progress) -> None:
+    def __init__(self, plan: Prune, on_progress: Progress) -> None:
         """Raises BackendError where the target's runtime is not here, TargetError where there is no such target."""
         assert plan.timed is not None, "the goal is a time"
         self.kind, self.value, name = plan.timed
-        self.plan, self.cache, self.on_progress = plan, cache, on_progress
+        self.plan, self.on_progress = plan, on_progress
         self.rules: Target = load_target(name)
         if not self.rules.backend:
             raise TargetError(
@@ -167,7 +167,6 @@ class Timing:
             {name: widths[name] for name in shapes if name in widths},
             self.rules,
             self.backend,
-            cache=self.cache,
             on_progress=self.on_progress,
         )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit.channel_choice import Chosen
@@ -40,7 +39,6 @@ class PruneJob:
         train: see `Train`.
         batches: of the training data, the first so many, for a module.
         measure: the metric of a module; None without one.
-        cache: a folder for measured times; None is the user's own.
     """
 
     plan: Prune
@@ -51,7 +49,6 @@ class PruneJob:
     batches: Callable[[Any, int], Sequence[Any]]
     measure: Callable[[Any], float] | None
     on_progress: Progress
-    cache: Path | None = None
 
 
 def prune_module(job: PruneJob, module: Any) -> tuple[Any, Any, Pruned]:
@@ -93,7 +90,7 @@ def _cut(job: PruneJob, module: Any, before: float | None) -> tuple[Any, Any, Pr
     from edgekit.training.prune.flow import prune, shorten
 
     plan, trained = job.plan, list[Finetuned]()
-    timing = Timing(plan, job.cache, job.on_progress) if plan.timed else None
+    timing = Timing(plan, job.on_progress) if plan.timed else None
 
     def recover(cut: Any, schedule: Schedule, label: str) -> Any:
         if not plan.recover:
