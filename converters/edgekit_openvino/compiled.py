@@ -115,12 +115,10 @@ class OpenVinoModel:
                 f"{self._path}: OpenVINO fails to run: input {missing[0]!r} has no array (given: {', '.join(feeds) or 'none'})"
             )
         for name, port in zip(self._inputs, self._compiled.inputs, strict=True):
-            shape = list(np.shape(feeds[name]))
-            if not port.get_partial_shape().compatible(
-                ov.PartialShape(shape)
-            ):  # on one thread it would compute something
+            found, taken = list(np.shape(feeds[name])), port.get_partial_shape()
+            if not taken.compatible(ov.PartialShape(found)):  # on one thread it would compute something
                 raise BackendError(
-                    f"{self._path}: OpenVINO fails to run: input {name!r} is {shape}, where the model takes {port.get_partial_shape()}"
+                    f"{self._path}: OpenVINO fails to run: input {name!r} is {found}, where the model takes {taken}"
                 )
         return {index: feeds[name] for index, name in enumerate(self._inputs)}
 
