@@ -363,9 +363,9 @@ def _print_compressed(result: CompressResult) -> None:
             click.echo(f"  {done.told}")
     if record.float_metric and record.simulated_metric:
         name, before, after = record.float_metric.name, record.float_metric.value, record.simulated_metric.value
-        click.echo(f"  {name}: {before:.4f} in float, {after:.4f} in simulated int8")
+        click.echo(f"  {name}: {before:.4f} in float, {after:.4f} in simulation")
     elif record.proxy:
-        click.echo(f"  {record.proxy.name} with float: {record.proxy.after:.4g} in simulated int8")
+        click.echo(f"  {record.proxy.name} with float: {record.proxy.after:.4g} in simulation")
     for note in record.notes:
         click.echo(f"  note: {note}")
     stale = [row.target for row in summary(result.model.parent)]

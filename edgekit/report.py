@@ -200,11 +200,11 @@ def _compression(compressed: Compressed) -> list[str]:
         lines.append(f"- pruned: {compressed.pruned.told}")
     if compressed.proxy:
         lines.append(
-            f"- {compressed.proxy.name} with float: {compressed.proxy.after:.4g} in simulated int8, {compressed.proxy.floor:g} wanted"
+            f"- {compressed.proxy.name} with float: {compressed.proxy.after:.4g} in simulation, {compressed.proxy.floor:g} wanted"
         )
     if compressed.float_metric and compressed.simulated_metric:
         lines.append(
-            f"- {compressed.float_metric.name}: float {_number(compressed.float_metric)}, simulated int8 "
+            f"- {compressed.float_metric.name}: float {_number(compressed.float_metric)}, in simulation "
             f"{_number(compressed.simulated_metric)}"
         )
     if compressed.stays_float:

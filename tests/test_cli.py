@@ -208,7 +208,7 @@ def test_compress_export_and_benchmark_tell_people(tiny: TinyFiles, tmp_path: Pa
         first
         == f"{out / 'model.onnx'}: tiny.onnx for 'portable', int8 weights, int8 activations, 'auto' ranges from 20 samples"
     )
-    assert re.fullmatch(r"  top-1: 1\.0000 in float, 0\.\d{4} in simulated int8", metric)
+    assert re.fullmatch(r"  top-1: 1\.0000 in float, 0\.\d{4} in simulation", metric)
     assert note == "  note: calibrated on 20 samples only; a few hundred give ranges that hold"
 
     done = cli("export", out, "--target", plugin / "numpy.toml")

@@ -243,7 +243,7 @@ def test_the_report_tells_all_in_markdown_and_json(tmp_path: Path) -> None:
         "- compressed for `portable` with int8 weights, int8 activations, 'kld' ranges from 280 samples; "
         "40 more were held back to verify exports with",
         "- edgekit 0.1.0, python 3.11.7, onnx 1.19",
-        "- top-1: float 99.20 %, simulated int8 99.00 %",
+        "- top-1: float 99.20 %, in simulation 99.00 %",
         "- stays float: 2 Softmax",
         "- **note:** calibrated on 280 samples only",
         "### x86-openvino",
