@@ -20,7 +20,8 @@ class Finetune(Table):
         freeze: share of all steps after which quantizers, and BatchNorms that are not part of a layer, move no more.
         data: what `edgekit.training.train_data.open_train_data` opens; None is the calibration data.
         teacher: what makes the teacher, `FILE.py:factory` with its weights loaded; None is the model itself, in float.
-        distill: what is learned from the teacher; None is the labels alone or, where there are none, the teacher's answers.
+        distill: what is learned from the teacher; None is the labels alone or, where there are none, the teacher's answers; with fewer
+            than 8 bits, its answers and features, and labels where there are some.
         schedule, augment: how it is trained.
     """
 

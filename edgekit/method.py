@@ -102,6 +102,12 @@ class Method(Table):
         return BINARY in (self.weights, *(layer.weights for layer in self.layers))
 
     @property
+    def has_few_bits(self) -> bool:
+        """Whether inputs or weights of some layers are rounded to fewer than 8 bits."""
+        types = {one for choice in (self, *self.layers) for one in (choice.precision, choice.weights)}
+        return not types <= {"int8", "int16", "float", None}
+
+    @property
     def summary(self) -> str:
         """The main choices in a few words."""
         if self.dequantize:

@@ -19,7 +19,7 @@ from edgekit.distillation import Distillation
 from edgekit.errors import DataError, EdgekitError, SourceError, TargetError
 from edgekit.finetune import Finetune
 from edgekit.graph.run import Session
-from edgekit.method import Method
+from edgekit.method import LayerMethod, Method
 from edgekit.pipelines.recipe import few_bits, load_recipe, merged_finetune
 from edgekit.schedule import Schedule
 
@@ -129,7 +129,8 @@ def test_four_bits_are_trained_back(learned: nn.Module, files: Path, tmp_path: P
     assert plain.simulated_metric is not None and record.simulated_metric is not None
     found = record.finetuned
     assert found is not None and found.before is not None and found.start is not None and found.after is not None
-    assert found.steps == 40 and found.samples == 512 and found.learned_from == "labels"
+    assert found.steps == 40 and found.samples == 512
+    assert all(part in found.learned_from for part in ("labels", "response", "feature"))  # as few bits need it
     assert found.last_loss < found.first_loss
     assert record.simulated_metric.value > plain.simulated_metric.value + 0.1
     assert abs(found.after - record.simulated_metric.value) < 0.01
@@ -140,6 +141,14 @@ def test_four_bits_are_trained_back(learned: nn.Module, files: Path, tmp_path: P
     [result] = edgekit.export(tmp_path / "qat", "x86-onnxruntime")
     assert abs(top1(result.folder / "model.onnx") - found.after) < 0.01
     assert "trained: quantization-aware training, learned scales" in (tmp_path / "qat" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(("method", "few"), [(Method(), False), (Method(layers=(LayerMethod(match="*", weights="int4"),)), True)])
+def test_labels_alone_teach_eight_bits(method: Method, few: bool, learned: nn.Module, files: Path, tmp_path: Path) -> None:
+    plan = Finetune(qat=True, data=str(files / "train.npz"), schedule=SHORT.model_copy(update={"steps": 2}))
+    calibration = str(files / "calibration.npz")
+    found = edgekit.compress(learned, tmp_path / "out", calibration=calibration, method=method, finetune=plan).record
+    assert found.finetuned is not None and (found.finetuned.learned_from == "labels") is not few
 
 
 def test_without_labels_the_float_model_teaches(learned: nn.Module, files: Path, tmp_path: Path) -> None:

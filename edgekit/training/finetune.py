@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from edgekit.data import InputSpec
 from edgekit.data.samples import LABELS
-from edgekit.distillation import Distillation
-from edgekit.errors import DataError
+from edgekit.distillation import FEATURE, RESPONSE, Distillation
+from edgekit.errors import DataError, SourceError
 from edgekit.finetune import Finetune, Finetuned
 from edgekit.method import Method
 from edgekit.progress import Progress
@@ -76,6 +76,7 @@ def finetune(
     measure = None if metric is None else (lambda one: metric(runner(one)))
     before = measure(module) if measure else None
     teacher = _teacher(plan, module)
+    plan = _taught(plan, method, module, teacher, calibration)
     pairs = _pairs(plan, module, teacher, calibration)
     taps = [ours for ours, _ in pairs]
     if plan.qat:
@@ -143,6 +144,23 @@ def _teacher(plan: Finetune, module: nn.Module) -> nn.Module:
             f"--teacher {plan.teacher!r} is a {type(made).__name__}; give a function that returns an nn.Module"
         )
     return made
+
+
+def _taught(
+    plan: Finetune,
+    method: Method,
+    module: nn.Module,
+    teacher: nn.Module,
+    calibration: tuple[NDArray[Any], ...] | dict[str, NDArray[Any]],
+) -> Finetune:
+    """The plan, with a teacher where few bits need one: from labels alone ResNet-20 in 4 bits trained to less than it was rounded to."""
+    if plan.distill is not None or not plan.qat or not method.has_few_bits:
+        return plan
+    try:
+        match_layers(module, teacher, _named(module, _few(calibration)))
+    except SourceError:  # no features to compare
+        return plan.model_copy(update={"distill": Distillation()})
+    return plan.model_copy(update={"distill": Distillation(kind=(RESPONSE, FEATURE))})
 
 
 def _pairs(
