@@ -150,6 +150,11 @@ def _distribution(array: Array, axis: int) -> bool:
     return bool((array <= UNIT).all()) and _sums_to_one(np.exp(array.astype(np.float64)), axis)
 
 
+def _bounded(array: Array) -> bool:
+    """Whether all numbers are from 0 to 1."""
+    return bool((array >= -UNIT).all() and (array <= 1 + UNIT).all())
+
+
 def _first(outputs: Arrays, suits: Callable[[Array], bool]) -> tuple[str, ...]:
     return next(((name,) for name, array in outputs.items() if _is_float(array) and suits(array)), ())
 
@@ -169,7 +174,8 @@ def _suits_text(outputs: Arrays, inputs: Arrays) -> tuple[str, ...]:
         array = _by_sample(array)
         if array.shape[1] < LEAST_STEPS or array.shape[2] < 3:
             return False
-        if array.shape[2] < LEAST_LETTERS and not _distribution(array, 2):
+        marks = _bounded(array)  # each on its own, as the keys of a piano; scores without Softmax go beyond
+        if (marks or array.shape[2] < LEAST_LETTERS) and not _distribution(array, 2):
             return False
         return bool(_blank(array) is not None)
 
@@ -193,7 +199,7 @@ def _blank(array: Array) -> int | None:
 def _suits_mask(outputs: Arrays, inputs: Arrays) -> tuple[str, ...]:
     def suits(array: Array) -> bool:
         maps = array.ndim >= 3 and not any(_distribution(array, axis) for axis in (1, array.ndim - 1))
-        return bool(maps and (array >= -UNIT).all() and (array <= 1 + UNIT).all() and (array > 0.5).any())
+        return bool(maps and _bounded(array) and (array > 0.5).any())
 
     return _first(outputs, suits)
 

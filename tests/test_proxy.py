@@ -58,6 +58,14 @@ def mask() -> Outputs:
     return {"map": rng().random((3, 1, 8, 8)).astype(np.float32)}
 
 
+def keys() -> Outputs:
+    """Which of 88 keys sound at each step: most often none, where the first has the largest number."""
+    sounding = rng().random((6, 40, 88)).astype(np.float32) * 0.1
+    sounding[:, ::3, 50] = 0.9
+    sounding[:, 1::3, 0] = 0.2
+    return {"sounding": sounding}
+
+
 def voice() -> Outputs:
     return {"p": rng().random((16, 1)).astype(np.float32), "state": rng().normal(0, 1, (2, 16, 8)).astype(np.float32)}
 
@@ -101,6 +109,7 @@ def boxes_and_scores() -> Outputs:
         (pixels, "argmax", ("classes",)),
         (embeddings, "cosine", ("embedding",)),
         (mask, "mask", ("map",)),
+        (keys, "mask", ("sounding",)),
         (voice, "threshold", ("p",)),
         (text, "text", ("steps",)),
         (labels, "equal", ("label",)),
