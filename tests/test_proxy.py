@@ -61,8 +61,8 @@ def mask() -> Outputs:
 def keys() -> Outputs:
     """Which of 88 keys sound at each step: most often none, where the first has the largest number."""
     sounding = rng().random((6, 40, 88)).astype(np.float32) * 0.1
-    sounding[:, ::3, 50] = 0.9
-    sounding[:, 1::3, 0] = 0.2
+    sounding[:, ::4, 50] = 0.9
+    sounding[:, 1::2, 0] = 0.2
     return {"sounding": sounding}
 
 
