@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 from prune_int8 import int8_section
 from prune_minilm import minilm_section
+from prune_onnx import onnx_section
 from prune_resnet20 import resnet20_section
 from prune_speed import speed_section
 from prune_stored import stored_section
@@ -22,6 +23,7 @@ SECTIONS: dict[str, Callable[[Path, Path], Part]] = {
     "speed": speed_section,
     "int8": int8_section,
     "minilm": minilm_section,
+    "onnx": onnx_section,
     "stored": stored_section,
 }
 """What each gets: the folder with models and data, and one of its own to write into."""

@@ -104,7 +104,9 @@ class Method(Table):
     @property
     def has_few_bits(self) -> bool:
         """Whether inputs or weights of some layers are rounded to fewer than 8 bits."""
-        types = {one for choice in (self, *self.layers) for one in (choice.precision, choice.weights)}
+        types: set[str | None] = {self.precision, self.weights}
+        for layer in self.layers:
+            types |= {layer.precision, layer.weights}
         return not types <= {"int8", "int16", "float", None}
 
     @property

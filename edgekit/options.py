@@ -116,7 +116,7 @@ PRUNE = {
     "recover": click.option(
         "--recover/--no-recover",
         default=None,
-        help="Prune: train what is left, as the options for training say.  [default: on]",
+        help="Prune: train what is left, as the options for training say; an ONNX file is fitted layer by layer.  [default: on]",
     ),
     "ignore": click.option("--ignore", metavar="LAYER,...", help="Prune: layers that keep their channels; patterns."),
 }

@@ -46,7 +46,8 @@ class Prune(Table):
         round_to: numbers of channels are multiples of this; "auto" asks the target, 0 leaves them as they are.
         schedule: "one-shot"; "iterative:N", a part, recovery, the next; "during-training", gradually over the first half of training;
             "from-scratch", cut and trained from new weights.
-        recover: train what is left, as `[finetune]` says or by the defaults; False leaves it as it was cut.
+        recover: train what is left, as `[finetune]` says or by the defaults; an ONNX file's weights are fitted to the calibration
+            data instead (`edgekit.calibration.refit`). False leaves it as it was cut.
         ignore: patterns of layers that keep their channels.
     """
 

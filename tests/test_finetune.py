@@ -143,8 +143,12 @@ def test_four_bits_are_trained_back(learned: nn.Module, files: Path, tmp_path: P
     assert "trained: quantization-aware training, learned scales" in (tmp_path / "qat" / "report.md").read_text()
 
 
-@pytest.mark.parametrize(("method", "few"), [(Method(), False), (Method(layers=(LayerMethod(match="*", weights="int4"),)), True)])
-def test_labels_alone_teach_eight_bits(method: Method, few: bool, learned: nn.Module, files: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "few"), [(Method(), False), (Method(layers=(LayerMethod(match="*", weights="int4"),)), True)]
+)
+def test_labels_alone_teach_eight_bits(
+    method: Method, few: bool, learned: nn.Module, files: Path, tmp_path: Path
+) -> None:
     plan = Finetune(qat=True, data=str(files / "train.npz"), schedule=SHORT.model_copy(update={"steps": 2}))
     calibration = str(files / "calibration.npz")
     found = edgekit.compress(learned, tmp_path / "out", calibration=calibration, method=method, finetune=plan).record

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from edgekit.calibration import hessians
 from edgekit.calibration import round_weights as rounding
 from edgekit.calibration.calibrate import calibrate
 from edgekit.calibration.layer_rows import linear_layers
@@ -252,7 +253,7 @@ def test_each_layer_is_told() -> None:
 
 def test_a_static_batch_gives_nearly_the_same_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     data = correlated(64, 5, FEATURES)
-    monkeypatch.setattr(rounding, "HESSIAN_ROWS", 64 * 5)
+    monkeypatch.setattr(hessians, "HESSIAN_ROWS", 64 * 5)
     net = Net(seed=1)
     x = net.matmul(net.input("x", [16, 5, FEATURES]), "a", FEATURES, 48)
     x = net.op("Add", [x, net.weight("a.bias", 48)], "a.add")

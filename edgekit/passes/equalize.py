@@ -9,7 +9,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
-from edgekit.graph.annotations import all_values, fresh_name, get_params
+from edgekit.graph.annotations import get_params
+from edgekit.graph.constants import give_constant
 from edgekit.graph.operators import dims, int_attribute, is_constant, roles
 
 F32 = NDArray[np.float32]
@@ -210,24 +211,10 @@ def _apply(graph: ir.Graph, layer: _Layer) -> None:
     if layer.axis == 1:
         shape[:2] = shape[1], shape[0]
     weight = rows.reshape(shape)
-    _set_constant(graph, layer.node, 1, weight.swapaxes(0, 1) if layer.axis == 1 else weight)
+    give_constant(graph, layer.node, 1, weight.swapaxes(0, 1) if layer.axis == 1 else weight)
     if layer.bias is not None:
         holder, index = layer.bias
-        _set_constant(graph, holder, index, _array(holder.inputs[index]).reshape(-1) * layer.made)
-
-
-def _set_constant(graph: ir.Graph, node: ir.Node, index: int, array: F64) -> None:
-    """Let input `index` be another constant, under the old one's name when only this node read that."""
-    old = node.inputs[index]
-    assert old is not None and old.const_value is not None
-    dtype = old.const_value.dtype
-    if len(old.uses()) == 1 and not old.is_graph_output():
-        del graph.initializers[old.name or ""]
-    name = fresh_name(old.name or "", {value.name for value in all_values(graph)})
-    value = ir.Value(name=name, const_value=ir.tensor(array.astype(dtype.numpy()), dtype=dtype, name=name))
-    value.shape, value.type = ir.Shape(array.shape), ir.TensorType(dtype)
-    graph.register_initializer(value)
-    node.replace_input_with(index, value)
+        give_constant(graph, holder, index, _array(holder.inputs[index]).reshape(-1) * layer.made)
 
 
 def _array(value: ir.Value | None) -> F64:

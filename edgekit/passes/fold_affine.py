@@ -9,7 +9,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
-from edgekit.graph.annotations import all_values, fresh_name, get_params, set_params
+from edgekit.graph.annotations import get_params, set_params
+from edgekit.graph.constants import give_constant
 from edgekit.graph.operators import LINEAR, copy_type, dims, int_attribute, is_constant, is_float, roles
 
 F64 = NDArray[np.float64]
@@ -279,29 +280,11 @@ def _store(graph: ir.Graph, linear: _Linear, weight: F64, bias: F64) -> bool:
     """Give an operator a new weight and bias; False, and nothing done, where they do not fit."""
     if not _fits(graph, linear, weight, bias):
         return False
-    _set_constant(graph, linear.node, 1, weight)
-    if linear.bias is not None:
-        _set_constant(graph, linear.holder, linear.bias, bias)
-    elif bias.any():
-        linear.node.resize_inputs(3)
-        _set_constant(graph, linear.node, 2, bias)
+    give_constant(graph, linear.node, 1, weight)
+    place = (linear.node, 2) if linear.bias is None else (linear.holder, linear.bias)
+    if linear.bias is not None or bias.any():
+        give_constant(graph, *place, bias, like=linear.node.inputs[1], name=f"{linear.node.name}.bias")
     return True
-
-
-def _set_constant(graph: ir.Graph, node: ir.Node, index: int, array: F64) -> None:
-    """Let input `index` be a constant of the weight's type, under the old one's name when only this node read that."""
-    old, weight = node.inputs[index], next(value for value in node.inputs if is_constant(value))
-    assert weight is not None and weight.const_value is not None
-    name, dtype = f"{node.name}.bias", weight.const_value.dtype
-    if old is not None:
-        name = old.name or name
-        if len(old.uses()) == 1 and not old.is_graph_output():
-            del graph.initializers[name]
-    name = fresh_name(name, {value.name for value in all_values(graph)})
-    value = ir.Value(name=name, const_value=ir.tensor(array.astype(dtype.numpy()), dtype=dtype, name=name))
-    value.shape, value.type = ir.Shape(array.shape), ir.TensorType(dtype)
-    graph.register_initializer(value)
-    node.replace_input_with(index, value)
 
 
 def _leave_place(graph: ir.Graph, node: ir.Node, result: ir.Value) -> None:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from edgekit.graph.annotations import all_values, fresh_name, get_params
+from edgekit.graph.constants import give_constant
 from edgekit.graph.operators import copy_type, dims, int_attribute, is_constant, is_float, roles
 
 
@@ -185,7 +185,7 @@ def _halve(graph: ir.Graph, step: _Step, taken: set[str | None]) -> None:
             assert tensor is not None
             wanted = tensor.numpy().copy()
             wanted[step.axis] = wanted[step.axis] // 2 if wanted[step.axis] > 0 else wanted[step.axis]
-            _set_constant(graph, node, 1, wanted, taken)
+            give_constant(graph, node, 1, wanted, taken=taken)
     size = value.shape[step.axis]
     value.shape = value.shape.copy()
     value.shape[step.axis] = size // 2 if isinstance(size, int) else size
@@ -202,7 +202,7 @@ def _subtract(graph: ir.Graph, node: ir.Node, index: int, axis: int, inner: int,
     pairs = array.reshape(*shape[:axis], -1, 2, inner, *shape[axis + 1 :])
     difference = pairs.take(1, axis + 1) - pairs.take(0, axis + 1)
     halved = difference.reshape(*shape[:axis], shape[axis] // 2, *shape[axis + 1 :])
-    _set_constant(graph, node, index, halved.astype(tensor.dtype.numpy()), taken)
+    give_constant(graph, node, index, halved, taken=taken)
 
 
 def _replace(graph: ir.Graph, softmax: ir.Node, axis: int, taken: set[str | None]) -> None:
@@ -226,23 +226,6 @@ def _replace(graph: ir.Graph, softmax: ir.Node, axis: int, taken: set[str | None
     output.replace_all_uses_with(both.outputs[0], replace_graph_outputs=True)
     graph.remove(softmax, safe=True)
     both.outputs[0].name = name
-
-
-def _set_constant(
-    graph: ir.Graph, node: ir.Node, index: int, array: NDArray[np.generic], taken: set[str | None]
-) -> None:
-    """Let input `index` be another constant, under the old one's name when only this node read that."""
-    old = node.inputs[index]
-    assert old is not None and old.const_value is not None and old.name is not None
-    dtype = old.const_value.dtype
-    if len(old.uses()) == 1 and not old.is_graph_output():
-        del graph.initializers[old.name]
-        taken.discard(old.name)
-    name = fresh_name(old.name, taken)
-    value = ir.Value(name=name, const_value=ir.tensor(array, dtype=dtype, name=name))
-    value.shape, value.type = ir.Shape(array.shape), ir.TensorType(dtype)
-    graph.register_initializer(value)
-    node.replace_input_with(index, value)
 
 
 def _tensor(value: ir.Value | None) -> ir.TensorProtocol | None:

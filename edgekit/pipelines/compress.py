@@ -213,13 +213,13 @@ def _load(given: _Given, rules: Target, tuning: Tuning | None, on_progress: Prog
     on_progress("bring it into canonical form", 0, None)
     examples = first_batch(data, EXAMPLES)
     graph = canonicalize(graph, examples, opset=rules.graph.opset)
+    calibrating = Calibrating(data, calibrating_samples(data, given.samples), on_progress)
     if tuning is not None and on_graph:
-        graph = tuning.cut_graph(graph, examples)
+        graph = tuning.cut_graph(graph, examples, calibrating)
     graph = rewrite(without_params(graph) if dequantize else graph, examples)
     check_contract(promised, graph)
     for value in graph.graph.inputs:
         set_sample_shape(value, examples[value.name or ""].shape)
-    calibrating = Calibrating(data, calibrating_samples(data, given.samples), on_progress)
     verifying, held, remark = held_back(data, calibrating.stop)
     remarks = tuple(filter(None, (remark, MADE_UP if made_up else "")))
     return _Loaded(graph, origin, data, calibrating, verifying, held, remarks)

@@ -17,6 +17,7 @@ from edgekit.method import Method
 from edgekit.metric import open_metric
 from edgekit.pipelines.prune_graph import prune_graph
 from edgekit.pipelines.pruning import PruneJob, prune_module, recovering
+from edgekit.pipelines.quantize import Calibrating
 from edgekit.pipelines.sources import inputs_of
 from edgekit.progress import Progress
 from edgekit.pruning import Prune, Pruned
@@ -80,11 +81,11 @@ class Tuning:
             module, self.found = tune(module, self.plan, "", masks, False)
         return module
 
-    def cut_graph(self, graph: ir.Model, examples: dict[str, Any]) -> ir.Model:
+    def cut_graph(self, graph: ir.Model, examples: dict[str, Any], batches: Calibrating) -> ir.Model:
         """An ONNX source's graph, pruned as asked. Raises as `prune_graph` does."""
         if self.prune is None:
             return graph
-        graph, self.pruned = prune_graph(graph, self.prune, examples, self.rules, on_progress=self.on_progress)
+        graph, self.pruned = prune_graph(graph, self.prune, examples, self.rules, batches, on_progress=self.on_progress)
         return graph
 
     def _tune(

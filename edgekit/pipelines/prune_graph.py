@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from edgekit.calibration.refit import refit
 from edgekit.channels import Choice, kept_shares, total_macs
 from edgekit.errors import GraphError, SourceError
 from edgekit.graph.channel_groups import Channels, channel_groups
@@ -16,6 +17,7 @@ from edgekit.graph.operators import layers
 from edgekit.passes.prune_channels import masked, prune_channels
 from edgekit.pipelines.prune_amount import Amount
 from edgekit.pipelines.prune_timing import Timing
+from edgekit.pipelines.quantize import Calibrating
 from edgekit.progress import Progress
 from edgekit.pruning import ONE_SHOT, Prune, Pruned, pruned_layers
 from edgekit.target import Target
@@ -25,15 +27,18 @@ Arrays = dict[str, NDArray[np.generic]]
 
 
 def prune_graph(
-    model: ir.Model, plan: Prune, examples: Arrays, rules: Target, *, on_progress: Progress
+    model: ir.Model, plan: Prune, examples: Arrays, rules: Target, batches: Calibrating, *, on_progress: Progress
 ) -> tuple[ir.Model, Pruned]:
-    """A float graph in canonical form without some channels, proven to compute what it did with these masked; and the record of it.
+    """A float graph in canonical form without some channels, the weights behind them fitted to what is left; and the record of it.
+
+    It is proven to compute what the whole graph does with these channels masked.
 
     Args:
         model: not changed.
         plan: what to cut.
         examples: a few samples of the inputs.
         rules: whose numbers of channels are liked, where `plan` leaves that open.
+        batches: calibration data, that weights are fitted to unless `plan` leaves what was cut as it is.
         on_progress: told of each step.
 
     Raises:
@@ -61,8 +66,11 @@ def prune_graph(
         chosen = Amount(plan, rules.pruning).choose(channels.groups, channels.costs, 1.0)
     else:
         chosen = timing.choose(channels.groups, channels.costs, 1.0, GraphModel(model, channels, examples))
-    pruned = prune_channels(model, channels, chosen.choice)
-    prove_equal(masked(model, channels, chosen.choice), pruned, examples)
+    whole = masked(model, channels, chosen.choice)
+    if plan.recover:
+        whole = refit(whole, model, batches.named("fit what is left"), samples=batches.stop)
+    pruned = prune_channels(whole, channels, chosen.choice)
+    prove_equal(whole, pruned, examples)
     left = kept_shares(channels.groups, chosen.choice)
     record = Pruned(
         summary=plan.summary,
@@ -70,7 +78,7 @@ def prune_graph(
         macs=(round(total_macs(channels.costs, {})), round(total_macs(channels.costs, left))),
         parameters=(_parameters(model), _parameters(pruned)),
         **(timing.told if timing else {}),
-        remarks=(*chosen.remarks, *_told(channels)),
+        remarks=(*chosen.remarks, *_told(channels, plan)),
     )
     return pruned, record
 
@@ -79,8 +87,9 @@ def _parameters(model: ir.Model) -> int:
     return sum(layer.parameters for layer in layers(model))
 
 
-def _told(channels: Channels) -> tuple[str, ...]:
-    not_trained = "not trained after pruning, which an ONNX file cannot be: check the accuracy"
+def _told(channels: Channels, plan: Prune) -> tuple[str, ...]:
+    fitted = "fitted to the calibration data layer by layer, " if plan.recover else ""
+    not_trained = f"{fitted}not trained after pruning, which an ONNX file cannot be: check the accuracy"
     if not channels.fixed:
         return (not_trained,)
     kept = [f"{name} ({reason})" for name, reason in channels.fixed.items()]
