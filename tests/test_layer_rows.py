@@ -241,3 +241,13 @@ def test_even_a_sample_that_none_chose_gives_rows() -> None:
         (found,) = collected(LAYERS["gemm"], batches(normal(1, 12, seed=seed), 1), samples=100 * SAMPLES)
         assert found.rows.shape == (1, 2, 12)
     assert ROWS > SAMPLES
+
+
+def test_what_many_wide_layers_read_is_limited_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given = simplify(residual_net()), batches(normal(64, 3, 16, 16), 8)
+    before = collected(model, given)
+    held = sum(one.rows.nbytes for one in {id(one): one for one in before}.values())
+    monkeypatch.setattr("edgekit.calibration.layer_rows.ROWS_BYTES", held // 4)
+    after = collected(model, given)
+    assert held // 8 < sum(one.rows.nbytes for one in {id(one): one for one in after}.values()) <= held // 3
+    assert all(one.rows.shape[1] > 0 for one in after)

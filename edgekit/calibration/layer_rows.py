@@ -28,6 +28,8 @@ F32 = NDArray[np.float32]
 
 ROWS = 1024
 """Of each layer, about: enough to tell ranges and shifts apart. More only where a Hessian is made of them."""
+ROWS_BYTES = 128 << 20
+"""Of the rows of all layers: they are held while ranges are chosen."""
 SAMPLES = 256
 """The most samples that rows are taken from, about."""
 
@@ -157,13 +159,20 @@ def collect_rows(
     batches: Iterable[Batch],
     *,
     samples: int,
-    rows: int = ROWS,
+    rows: int | None = None,
     threads: int = 0,
 ) -> dict[RowsKey, RowSample]:
-    """Rows of what each of `layers` reads: about `rows` of each, from about `SAMPLES` of the `samples` that `batches` hold."""
+    """Rows of what each of `layers` reads, about `rows` of each, from about `SAMPLES` of the `samples` that `batches` hold.
+
+    With None there are about `ROWS` of each, or as many as fit into `ROWS_BYTES` together.
+    """
+    widths = {rows_key(layer): matrix(layer, numbers(layer.weight)).shape for layer in layers}
+    if rows is None:
+        each_bytes = sum(4 * groups * inputs for groups, inputs, _ in widths.values())
+        rows = max(1, min(ROWS, ROWS_BYTES // max(1, each_bytes)))
     share = -(-samples // SAMPLES)
     each = max(1, -(-rows * share // max(1, samples)))
-    found: dict[RowsKey, list[tuple[int, _Seen]]] = {rows_key(layer): [] for layer in layers}
+    found: dict[RowsKey, list[tuple[int, _Seen]]] = {key: [] for key in widths}
     names = list(dict.fromkeys(name for name, _ in found))
     for sample in run_samples(model, names, batches, share=share, threads=threads):
         for (name, geometry), parts in found.items():
