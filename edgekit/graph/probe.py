@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from edgekit.graph.run import Arrays, Session, with_outputs
-from edgekit.graph.sizes import WATCHED_BYTES, in_parts, peak_bytes, value_bytes
+from edgekit.graph.sizes import WATCHED_BYTES, give_back, in_parts, peak_bytes, value_bytes
 
 
 class Probe:
@@ -52,8 +52,11 @@ class Probe:
         """
         if self._given:
             yield {name: feeds[name] for name in self._given}
-        for session, names in self._opened(feeds):
+        opened = self._opened(feeds)
+        for session, names in opened:
             yield session.lend(feeds, outputs=names)
+        if len(opened) > 1:
+            give_back()
 
     def bytes_at_once(self, feeds: Mapping[str, NDArray[np.generic]]) -> int:
         """What a run on arrays like `feeds` holds."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TypeVar
@@ -78,6 +79,22 @@ def in_parts(items: Iterable[Item], size_of: Callable[[Item], int], most: int) -
         held += own
     if part:
         yield part
+
+
+def give_back() -> None:
+    """Have the C library return what is free to the system, where it can be asked to: large arrays that come and go leave holes."""
+    if _TRIM is not None:
+        _TRIM(0)
+
+
+def _trim() -> Callable[[int], int] | None:
+    try:
+        return ctypes.CDLL(None).malloc_trim  # of glibc
+    except (AttributeError, OSError, TypeError):
+        return None
+
+
+_TRIM = _trim()
 
 
 def _bytes(value: ir.Value) -> int:

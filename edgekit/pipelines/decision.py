@@ -17,6 +17,7 @@ from edgekit.errors import GraphError
 from edgekit.graph.operators import is_constant, is_float
 from edgekit.graph.rules import quantized_nodes
 from edgekit.graph.run import Session
+from edgekit.graph.sizes import give_back
 from edgekit.lift import Floor, Known, judge_outputs
 from edgekit.lowering.qdq import lower_qdq
 from edgekit.metric import Evaluate
@@ -99,6 +100,7 @@ def open_decision(graph: ir.Model, samples: BoundData, kind: str = AUTO) -> Deci
     feeds = feeds_of(samples, graph)
     session = Session(graph, optimize=True)
     floats = [session.run(batch) for batch in feeds]
+    give_back()
     proxy = choose_proxy(floats, feeds, kind)
     count = sum(next((len(array) for array in batch.values() if array.ndim), 1) for batch in feeds)
     if proxy is not None:
