@@ -69,7 +69,7 @@ def _calls(count: int, seed: int) -> list[Feeds]:
 
 
 MODELS = (
-    WildModel("nudenet 320n", "YOLOv8 detector", "nudenet", "320n.onnx", lambda n, s: {"images": _images(photos(n, 320, 320, s))}, 512),
+    WildModel("nudenet 320n", "YOLOv8 detector", "nudenet", "320n.onnx", lambda n, s: {"images": _images(photos(n, 320, 320, s))}, 320),
     WildModel("magika", "file types", "magika", "models/standard_v3_3/model.onnx", lambda n, s: {"bytes": file_bytes(n, 2048, s)}),
     WildModel(
         "ddddocr common", "captcha text", "ddddocr", "common.onnx",

@@ -458,6 +458,21 @@ def test_feeds_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         loaded.run({"y": np.zeros((1, 3, 16, 16), np.float32)})
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_sizes_that_do_not_fit_are_refused_and_others_go_on(threads: int, tmp_path: Path) -> None:
+    """On one thread OpenVINO returns empty or old results in the place of an error, and on two it goes on failing."""
+    net = Net(seed=3)
+    x = net.conv(net.input("x", ["n", 4, "h", "w"]), "conv", 4, 4)
+    save_onnx(simplify(net.model(net.op("AveragePool", [x], "pool", kernel_shape=[3, 2]))), tmp_path / "net.onnx")
+    target = TARGET.model_copy(update={"runtime": TARGET.runtime.model_copy(update={"threads": threads})})
+    artifact = BACKEND.convert(tmp_path / "net.onnx", target, tmp_path, precision="f32")
+    model = BACKEND.load(artifact, target, exact=True)
+    for _ in range(2):
+        assert model.run({"x": np.ones((1, 4, 3, 6), np.float32)})["pool_y"].shape == (1, 4, 1, 5)
+        with pytest.raises(BackendError, match=r"fails to run: .*Kernel"):
+            model.run({"x": np.ones((1, 4, 2, 6), np.float32)})
+
+
 def test_a_crash_of_the_reader_is_survived_and_told(tmp_path: Path) -> None:
     """OpenVINO's reader dies of a Pad that wraps around in front of two Clips."""
     build = GraphBuilder(opset=25)

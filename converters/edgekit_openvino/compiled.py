@@ -69,10 +69,13 @@ class OpenVinoModel:
             raise BackendError(f"{artifact.path}: OpenVINO refuses the model: {convert.reason(error)}") from error
         self._inputs = [convert.input_name(port) for port in self._compiled.inputs]
         self._names = [convert.output_name(output) for output in self._compiled.outputs]
+        self._sizes: set[tuple[tuple[int, ...], ...]] = set()
+        self._reader: ov.Model | None = None
 
     def run(self, feeds: Feeds) -> Outputs:
         """Run one inference: arrays by input name in, arrays by output name out."""
         request, given = self._compiled.create_infer_request(), self._given(feeds)
+        self._check_sizes(given)
         try:
             request.infer(given)
         except RuntimeError as error:
@@ -106,6 +109,22 @@ class OpenVinoModel:
             kernel, precision = _text(info, "primitiveType"), _text(info, "runtimePrecision").lower()
             records.append(KernelRecord(names, f"{layer_type}/{kernel}", _PRECISIONS.get(precision, precision)))
         return records
+
+    def _check_sizes(self, given: dict[int, Any]) -> None:
+        """Ask OpenVINO's shape inference before it runs.
+
+        What fails later is swallowed where there is one thread, with old results in its place, and makes further runs fail where
+        there are several.
+        """
+        sizes = tuple(np.shape(array) for array in given.values())
+        if sizes in self._sizes or not any(port.get_partial_shape().is_dynamic for port in self._compiled.inputs):
+            return
+        self._reader = self._reader or ov.Core().read_model(self._path)
+        try:
+            self._reader.reshape(dict(zip(given, map(ov.PartialShape, sizes), strict=True)))
+        except RuntimeError as error:
+            raise BackendError(f"{self._path}: OpenVINO fails to run: {convert.reason(error)}") from error
+        self._sizes.add(sizes)
 
     def _given(self, feeds: Feeds) -> dict[int, Any]:
         """The arrays by the number of the input that reads them: see `convert.input_name`; those that were dropped are left out."""
