@@ -173,6 +173,31 @@ def test_a_speedup_is_of_the_model_as_it_came_in_all_rounds(clock: Clock, tmp_pa
     assert found.macs[1] == 64 * 9 * inputs + 64 * 9 * inputs * outputs + 4 * outputs
 
 
+class Padded(nn.Module):
+    """Its shortcut pads channels with zeros, which is a convolution while it is pruned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 64, 3, padding=1), nn.Conv2d(64, 96, 3, padding=1)
+        self.head = nn.Linear(96, 4)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = F.relu(self.first(image))
+        return self.head(F.relu(self.second(x) + F.pad(x, (0, 0, 0, 0, 16, 16))).mean((2, 3)))
+
+
+def test_a_speedup_is_of_shortcuts_as_they_came(clock: Clock, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plan = Prune(speedup=f"2@{TARGET}", round_to=0, recover=False)
+    tuning = Tuning(None, plan, load_target("portable"), QUICK, 12, None, None, tmp_path / "out", lambda *_: None)
+    tuning.train(open_data(IMAGES), Padded().eval(), Source(name="padded", kind="module"))
+    found = tuning.pruned
+    assert found is not None and found.speedup is not None and found.latency_ms is not None
+    came_ms = REST_MS + MS_PER_MAC * (64 * 9 * 64 + 64 * 9 * 64 * 96 + 4 * 96)
+    assert found.speedup == pytest.approx(came_ms / found.latency_ms, rel=1e-6)
+    assert 2.0 <= found.speedup <= 2.0 / 0.9
+
+
 def test_a_latency_is_reached(wide: Path, clock: Clock, tmp_path: Path) -> None:
     found = pruned(wide, tmp_path / "out", latency=f"3 ms@{TARGET}", round_to=0)
     assert found.latency_ms is not None and found.speedup is not None

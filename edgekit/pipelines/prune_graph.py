@@ -102,6 +102,9 @@ class GraphModel:
     def __init__(self, model: ir.Model, channels: Channels, examples: Arrays) -> None:
         self.model, self.channels, self.examples = model, channels, examples
 
+    def source(self) -> None:
+        """The graph as it came is that of `graph` with all units."""
+
     def graph(self, choice: Choice) -> ir.Model:
         """The graph with the chosen units."""
         return prune_channels(self.model, self.channels, choice) if choice else self.model

@@ -81,13 +81,14 @@ class Timing:
         Args:
             groups, costs: what can go, and what layers cost.
             share: of the way, 0 to 1.
-            model: see `_Model`.
+            model: gives float graphs: `graph(choice)` that with the chosen units, `source()` that of the model as it came, None where
+                all units are just that, and `sample(graph, count)` samples of its inputs.
 
         Raises:
             GoalError: that fast is more than pruning can do; the message says what it can.
         """
         whole = model.graph({})
-        first = self._first = self._first or whole
+        first = self._first = self._first or model.source() or whole
         multiples = multiples_for(self.plan, groups, self.rules.pruning)
         if all(len(allowed_counts(group, multiple_of(multiples, group))) == 1 for group in groups):
             raise GoalError(
@@ -203,29 +204,47 @@ def _symbols(model: ir.Model, sizes: dict[str, tuple[int, ...]]) -> dict[str, in
 
 
 class TorchModel:
-    """A torch module whose channels are cut and that is then exported."""
+    """A torch module whose channels are cut and that is then exported.
 
-    def __init__(self, module: Any, arrays: Any, ignore: Sequence[str], opset: int) -> None:
-        self.module, self.arrays, self.ignore, self.opset = module, arrays, ignore, opset
+    Args:
+        module: what is cut.
+        source: the same as it came, where something of it was replaced to be cut; else None.
+        arrays: samples of the inputs.
+        ignore: what keeps its channels.
+        opset: to export to.
+    """
+
+    def __init__(self, module: Any, source: Any, arrays: Any, ignore: Sequence[str], opset: int) -> None:
+        self._module, self._source, self._arrays, self._ignore, self._opset = module, source, arrays, ignore, opset
+
+    def source(self) -> ir.Model | None:
+        """The float graph as it came; None where it is that of `graph` with all units."""
+        from edgekit.training.checkpoint import unwrapped
+        from edgekit.training.forward import exportable
+
+        return None if self._source is None else self._exported(exportable(unwrapped(self._source)))
 
     def graph(self, choice: Choice) -> ir.Model:
         """The float graph with the chosen units."""
-        from edgekit.training.export_onnx import export_onnx
         from edgekit.training.prune.groups import find_groups
 
-        prunable = find_groups(self.module, self.arrays, ignore=self.ignore)
-        module = prunable.cut(choice) if choice else prunable.module
-        few = (
-            {name: array[:EXAMPLES] for name, array in self.arrays.items()}
-            if isinstance(self.arrays, dict)
-            else tuple(array[:EXAMPLES] for array in self.arrays)
-        )
-        model = export_onnx(module, few, opset=self.opset)
-        examples = self.sample(model, EXAMPLES)
-        return rewrite(canonicalize(model, examples, opset=self.opset), examples)
+        prunable = find_groups(self._module, self._arrays, ignore=self._ignore)
+        return self._exported(prunable.cut(choice) if choice else prunable.module)
 
     def sample(self, model: ir.Model, count: int = 1) -> dict[str, np.ndarray[Any, Any]]:
         """Samples by the names of a model's inputs."""
         names = [value.name or "" for value in model.graph.inputs]
-        given = self.arrays if isinstance(self.arrays, dict) else dict(zip(names, self.arrays, strict=True))
+        given = self._arrays if isinstance(self._arrays, dict) else dict(zip(names, self._arrays, strict=True))
         return {name: np.asarray(given[name])[:count] for name in names}
+
+    def _exported(self, module: Any) -> ir.Model:
+        from edgekit.training.export_onnx import export_onnx
+
+        few = (
+            {name: array[:EXAMPLES] for name, array in self._arrays.items()}
+            if isinstance(self._arrays, dict)
+            else tuple(array[:EXAMPLES] for array in self._arrays)
+        )
+        model = export_onnx(module, few, opset=self._opset)
+        examples = self.sample(model, EXAMPLES)
+        return rewrite(canonicalize(model, examples, opset=self._opset), examples)

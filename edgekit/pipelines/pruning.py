@@ -108,7 +108,8 @@ def _cut(job: PruneJob, module: Any, before: float | None) -> tuple[Any, Any, Pr
     def choose(prunable: Any, share: float) -> Chosen:
         if timing is None:
             return by_amount.choose(prunable.groups, prunable.costs, share)
-        model = TorchModel(prunable.module, job.arrays, plan.ignore, job.rules.graph.opset)
+        source = module if prunable.replaced else None  # a shortcut that was replaced may be slower as it came
+        model = TorchModel(prunable.module, source, job.arrays, plan.ignore, job.rules.graph.opset)
         return timing.choose(prunable.groups, prunable.costs, share, model)
 
     cutting = prune(
