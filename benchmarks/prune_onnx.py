@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,63 +24,40 @@ SAMPLES = 512
 OPSET = 21
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    share: float
-    cut: float
-    fitted: float
-    found: Pruned
-    seconds: tuple[float, float]
-
-
 def onnx_section(zoo: Path, folder: Path) -> Part:
     """ResNet-20's file, the same share of each layer gone by l1."""
     source = folder / "resnet20.onnx"
     save_onnx(export_onnx(trained_resnet20(zoo), (np.zeros((4, 3, 32, 32), np.float32),), opset=OPSET), source)
     rows = [_pruned(source, share, zoo, folder / f"{share}") for share in SHARES]
-    whole = _scored(source, None, zoo, folder / "whole")[0]
     note = (
-        f"The checkpoint as it came, as an ONNX file: {whole:.4f} on the 2,000 test images. The same share of each layer goes by l1, "
-        f"in one go; then each layer is fitted to what it made before, by {SAMPLES} images without labels. No training."
+        f"The checkpoint as it came, as an ONNX file: {rows[0][0].before:.4f} on the 2,000 test images. The same share of each layer goes "
+        f"by l1, in one go; then each layer is fitted to what it made before, by {SAMPLES} images without labels. No training."
     )
-    heads = ["MACs", "as it was cut", "fitted", "seconds in all, cut and fitted"]
-    told = [
-        [fewer(row.found.macs), f"{row.cut:.4f}", f"{row.fitted:.4f}", "{:.0f} and {:.0f}".format(*row.seconds)]
-        for row in rows
-    ]
+    heads = ["MACs", "as it was cut", "fitted", "seconds in all"]
+    told = [[fewer(found.macs), f"{found.cut:.4f}", f"{found.after:.4f}", f"{seconds:.0f}"] for found, seconds in rows]
     return Part("An ONNX file, without training", note, heads, told, list(_claims(rows)))
 
 
-def _pruned(source: Path, share: float, zoo: Path, folder: Path) -> _Row:
+def _pruned(source: Path, share: float, zoo: Path, out: Path) -> tuple[Pruned, float]:
     say(f"onnx: {share:.0%} of the MACs")
-    found = [
-        _scored(source, Prune(macs=share, scope="layer", round_to=4, recover=fit), zoo, folder / str(fit))
-        for fit in (False, True)
-    ]
-    pruned = found[1][1]
-    assert pruned is not None, "it was pruned"
-    return _Row(share, found[0][0], found[1][0], pruned, (found[0][2], found[1][2]))
-
-
-def _scored(source: Path, prune: Prune | None, zoo: Path, out: Path) -> tuple[float, Pruned | None, float]:
-    out.parent.mkdir(exist_ok=True)
     begin = time.monotonic()
-    record = edgekit.compress(
+    found = edgekit.compress(
         source,
         out,
         calibration=zoo / resnet20.TRAIN,
         samples=SAMPLES,
         preprocess=resnet20.PREPROCESS,
         method=NOTHING,
-        prune=prune,
+        prune=Prune(macs=share, scope="layer", round_to=4),
         evaluate=zoo / resnet20.TEST,
         proxy=NONE,
-    ).record
-    assert record.float_metric is not None, "it was evaluated"
-    return record.float_metric.value, record.pruned, time.monotonic() - begin
+    ).record.pruned
+    assert found is not None, "it was pruned"
+    return found, time.monotonic() - begin
 
 
-def _claims(rows: list[_Row]) -> Iterator[Claim]:
-    for row in rows:
-        won = 100 * (row.fitted - row.cut)
-        yield holds(f"{row.share:.0%} of the MACs: fitting wins", f"{won:+.1f} points", won > 0)
+def _claims(rows: list[tuple[Pruned, float]]) -> Iterator[Claim]:
+    for share, (found, _) in zip(SHARES, rows, strict=True):
+        assert found.cut is not None and found.after is not None, "it was evaluated"
+        won = 100 * (found.after - found.cut)
+        yield holds(f"{share:.0%} of the MACs: fitting wins", f"{won:+.1f} points", won > 0)

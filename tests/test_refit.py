@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -119,27 +120,56 @@ def test_the_weights_are_those_of_damped_least_squares(seed: int, inputs: int, c
     assert np.allclose(shift, means[1] - means[0] @ gain if centered else 0, atol=1e-8)
 
 
-def test_a_pruned_file_is_fitted_unless_it_is_to_stay_as_it_was_cut(tmp_path: Path) -> None:
+def network(path: Path) -> Path:
     net = Net(seed=3)
     x = net.conv_relu(net.input("x", ["n", 12, 6, 6]), "a", 12, 16)
-    x = net.conv_relu(x, "b", 16, 16)
-    save_onnx(
-        net.model(net.gemm(net.op("Flatten", [net.op("GlobalAveragePool", [x])]), "c", 16, 5)), tmp_path / "m.onnx"
-    )
-    data, new = mixed(128, 12, 6, 6), mixed(32, 12, 6, 6, seed=99)
-    wanted = run(tmp_path / "m.onnx", {"x": new}).popitem()[1]
-    errors = []
+    x = net.op("Flatten", [net.conv_relu(x, "b", 16, 16)])
+    save_onnx(net.model(net.gemm(x, "c", 16 * 36, 5)), path)
+    return path
+
+
+def test_a_pruned_file_is_fitted_unless_it_is_to_stay_as_it_was_cut(tmp_path: Path) -> None:
+    source, data, new = network(tmp_path / "m.onnx"), mixed(128, 12, 6, 6), mixed(32, 12, 6, 6, seed=99)
+    [wanted] = run(source, {"x": new}).values()
+
+    def nearness(model: Callable[[dict[str, Array]], dict[str, Array]]) -> float:
+        [found] = model({"x": new}).values()
+        return -float(np.mean((found - wanted) ** 2))
+
+    found = {}
     for recover in (False, True):
-        out = tmp_path / str(recover)
         prune = Prune(ratio=0.25, recover=recover, round_to=0)
         record = edgekit.compress(
-            tmp_path / "m.onnx", out, calibration={"x": data}, method=FLOAT, prune=prune, proxy="none"
+            source,
+            tmp_path / str(recover),
+            calibration={"x": data},
+            method=FLOAT,
+            prune=prune,
+            proxy="none",
+            evaluate=nearness,
         ).record
-        assert any("fitted to the calibration data" in note for note in record.notes) is recover
-        [found] = run(edgekit_model(out), {"x": new}).values()
-        errors.append(float(np.mean((found - wanted) ** 2)))
-    assert errors[1] < 0.5 * errors[0]
+        assert record.pruned is not None and record.simulated_metric is not None
+        found[recover] = record.pruned
+        left = record.pruned.after if recover else record.pruned.cut
+        assert record.simulated_metric.value == pytest.approx(left, rel=1e-4)
+    cut, fitted = found[False], found[True]
+    assert (cut.after, cut.recovered) == (None, "")
+    assert fitted.before == cut.before == pytest.approx(0, abs=1e-9)
+    assert fitted.cut == cut.cut and "fit of each layer" in fitted.recovered
+    assert fitted.cut is not None and fitted.after is not None and fitted.after > 0.5 * fitted.cut
+    assert "cut, " in fitted.told and "after recovery; recovered by a fit of each layer" in fitted.told
 
 
-def edgekit_model(out: Path) -> ir.Model:
-    return load_annotated(out / "model.onnx")
+def test_without_a_metric_what_is_left_of_the_decisions_is_told(tmp_path: Path) -> None:
+    source, data = network(tmp_path / "m.onnx"), mixed(64, 12, 6, 6)
+    prune = Prune(ratio=0.25, round_to=0)
+    record = edgekit.compress(
+        source, tmp_path / "out", calibration={"x": data}, samples=32, method=FLOAT, prune=prune, proxy="none"
+    ).record
+    pruned = load_annotated(tmp_path / "out" / "model.onnx")
+    scores = [run(model, {"x": data[:32]}).popitem()[1].argmax(1) for model in (source, pruned)]
+    kept = float(np.mean(scores[0] == scores[1]))
+    assert any(
+        note.startswith("argmax agreement of 'c_y' with the unpruned model: ") and f" {kept:.4g}, on 32 of" in note
+        for note in record.notes
+    ), record.notes

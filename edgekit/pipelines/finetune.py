@@ -13,12 +13,13 @@ import onnx_ir as ir
 from edgekit.data import Dataset, Preprocess, example_arrays
 from edgekit.errors import SourceError
 from edgekit.finetune import Finetune, Finetuned
+from edgekit.graph.run import Session
 from edgekit.method import Method
 from edgekit.metric import open_metric
 from edgekit.pipelines.prune_graph import prune_graph
 from edgekit.pipelines.pruning import PruneJob, prune_module, recovering
 from edgekit.pipelines.quantize import Calibrating
-from edgekit.pipelines.sources import inputs_of
+from edgekit.pipelines.sources import input_specs, inputs_of
 from edgekit.progress import Progress
 from edgekit.pruning import Prune, Pruned
 from edgekit.records import Source
@@ -85,8 +86,17 @@ class Tuning:
         """An ONNX source's graph, pruned as asked. Raises as `prune_graph` does."""
         if self.prune is None:
             return graph
-        graph, self.pruned = prune_graph(graph, self.prune, examples, self.rules, batches, on_progress=self.on_progress)
+        measure = self._measure_graph(graph)
+        graph, self.pruned = prune_graph(
+            graph, self.prune, examples, self.rules, batches, measure=measure, on_progress=self.on_progress
+        )
         return graph
+
+    def _measure_graph(self, graph: ir.Model) -> Callable[[ir.Model], float] | None:
+        if self.evaluate is None:
+            return None
+        metric = open_metric(self.evaluate, input_specs(graph), preprocess=self.preprocess)
+        return lambda one: metric(Session(one, optimize=True).run).value
 
     def _tune(
         self, arrays: Any, origin: Source, module: Any, plan: Finetune, label: str, masks: Any, gradually: bool

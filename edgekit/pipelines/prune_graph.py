@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,13 @@ from edgekit.errors import GraphError, SourceError
 from edgekit.graph.channel_groups import Channels, channel_groups
 from edgekit.graph.equal import prove_equal
 from edgekit.graph.operators import layers
+from edgekit.graph.run import Session
 from edgekit.passes.prune_channels import masked, prune_channels
 from edgekit.pipelines.prune_amount import Amount
 from edgekit.pipelines.prune_timing import Timing
 from edgekit.pipelines.quantize import Calibrating
 from edgekit.progress import Progress
+from edgekit.proxy import choose_proxy, open_proxy
 from edgekit.pruning import ONE_SHOT, Prune, Pruned, pruned_layers
 from edgekit.target import Target
 from edgekit.words import some
@@ -26,8 +29,20 @@ from edgekit.words import some
 Arrays = dict[str, NDArray[np.generic]]
 
 
+FITTED = "a fit of each layer to the calibration data, without training"
+COMPARED = 128
+"""Calibration samples, about, that the decisions of the unpruned model are looked at on."""
+
+
 def prune_graph(
-    model: ir.Model, plan: Prune, examples: Arrays, rules: Target, batches: Calibrating, *, on_progress: Progress
+    model: ir.Model,
+    plan: Prune,
+    examples: Arrays,
+    rules: Target,
+    batches: Calibrating,
+    *,
+    measure: Callable[[ir.Model], float] | None,
+    on_progress: Progress,
 ) -> tuple[ir.Model, Pruned]:
     """A float graph in canonical form without some channels, the weights behind them fitted to what is left; and the record of it.
 
@@ -39,6 +54,7 @@ def prune_graph(
         examples: a few samples of the inputs.
         rules: whose numbers of channels are liked, where `plan` leaves that open.
         batches: calibration data, that weights are fitted to unless `plan` leaves what was cut as it is.
+        measure: the metric of a graph; None without one.
         on_progress: told of each step.
 
     Raises:
@@ -66,9 +82,9 @@ def prune_graph(
         chosen = Amount(plan, rules.pruning).choose(channels.groups, channels.costs, 1.0)
     else:
         chosen = timing.choose(channels.groups, channels.costs, 1.0, GraphModel(model, channels, examples))
-    whole = masked(model, channels, chosen.choice)
+    cut = whole = masked(model, channels, chosen.choice)
     if plan.recover:
-        whole = refit(whole, model, batches.named("fit what is left"), samples=batches.stop)
+        whole = refit(cut, model, batches.named("fit what is left"), samples=batches.stop)
     pruned = prune_channels(whole, channels, chosen.choice)
     prove_equal(whole, pruned, examples)
     left = kept_shares(channels.groups, chosen.choice)
@@ -78,7 +94,11 @@ def prune_graph(
         macs=(round(total_macs(channels.costs, {})), round(total_macs(channels.costs, left))),
         parameters=(_parameters(model), _parameters(pruned)),
         **(timing.told if timing else {}),
-        remarks=(*chosen.remarks, *_told(channels, plan)),
+        before=measure(model) if measure else None,
+        cut=measure(cut) if measure else None,
+        after=measure(pruned) if measure and plan.recover else None,
+        recovered=FITTED if plan.recover else "",
+        remarks=(*chosen.remarks, *([] if measure else _compared(model, pruned, batches)), *_told(channels)),
     )
     return pruned, record
 
@@ -87,13 +107,27 @@ def _parameters(model: ir.Model) -> int:
     return sum(layer.parameters for layer in layers(model))
 
 
-def _told(channels: Channels, plan: Prune) -> tuple[str, ...]:
-    fitted = "fitted to the calibration data layer by layer, " if plan.recover else ""
-    not_trained = f"{fitted}not trained after pruning, which an ONNX file cannot be: check the accuracy"
-    if not channels.fixed:
-        return (not_trained,)
-    kept = [f"{name} ({reason})" for name, reason in channels.fixed.items()]
-    return not_trained, f"layers that keep their channels: {some(kept)}"
+def _compared(model: ir.Model, pruned: ir.Model, batches: Calibrating) -> Iterator[str]:
+    """What is left of the decisions, where nobody gave a metric."""
+    feeds, count = list[Arrays](), 0
+    for batch in batches.named("compare with the unpruned model"):
+        feeds.append(dict(batch.feeds))
+        count += len(batch)
+        if count >= COMPARED:
+            break
+    session = Session(model, optimize=True)
+    floats = [session.run(one) for one in feeds]
+    proxy = choose_proxy(floats, feeds)
+    if proxy is not None:
+        kept = open_proxy(proxy, feeds, floats)(Session(pruned, optimize=True).run)
+        yield f"{kept.name} with the unpruned model: {kept.value:.4g}, on {count} of the calibration samples"
+
+
+def _told(channels: Channels) -> Iterator[str]:
+    yield "not trained after pruning, which an ONNX file cannot be: check the accuracy"
+    if channels.fixed:
+        kept = [f"{name} ({reason})" for name, reason in channels.fixed.items()]
+        yield f"layers that keep their channels: {some(kept)}"
 
 
 class GraphModel:
