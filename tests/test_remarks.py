@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import edgekit
 from edgekit.errors import BackendError
-from edgekit.method import Method
+from edgekit.method import LayerMethod, Method
 from graphs import GraphBuilder, normal
 
 
@@ -72,14 +72,17 @@ def test_recurrent_operators_that_hold_the_weights_are_told(tmp_path: Path) -> N
     assert record.stays_float["LSTM"] == 1
 
 
-def test_what_was_asked_for_is_not_blamed_on_the_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "method", [Method(precision="float"), Method(layers=(LayerMethod(match="f*", precision="float"),))]
+)
+def test_what_was_asked_for_is_not_blamed_on_the_model(method: Method, tmp_path: Path) -> None:
     build = GraphBuilder(opset=17)
     onnx.save(
         build.proto(build.op("MatMul", [build.input("x", ["n", 8]), build.weight("w", 8, 4)], "fc")),
         tmp_path / "n.onnx",
     )
     record = edgekit.compress(
-        tmp_path / "n.onnx", tmp_path / "out", calibration={"x": normal(48, 8)}, method=Method(precision="float")
+        tmp_path / "n.onnx", tmp_path / "out", calibration={"x": normal(48, 8)}, method=method
     ).record
     assert record.notes == ("nothing is quantized, as asked for",)
 

@@ -355,7 +355,8 @@ def _no_pictures() -> Iterator[str]:
 def _remarks(graph: ir.Model, rules: Target, loaded: _Loaded, method: Method) -> Iterator[str]:
     if method.dequantize:
         return dequantized(loaded.origin.name)
-    wanted = method.activations != "static" or method.precision != "float"
+    choices = [method.for_layer(layer.name) for layer in layers(graph)] or [method]
+    wanted = any(one.activations != "static" or one.precision != "float" for one in choices)
     return remarks(graph, rules, loaded.origin.name, loaded.calibrating.done, wanted=wanted)
 
 
