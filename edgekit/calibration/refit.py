@@ -68,7 +68,9 @@ def _fit(graph: ir.Graph, old: LinearLayer, layer: LinearLayer, gone: Bools, hes
     place = bias_place(layer.node)
     holder, index = place if place is not None else (layer.node, len(layer.node.inputs))
     bias = holder.inputs[index] if index < len(holder.inputs) else None
-    bias = None if bias is not None and len(bias.uses()) > 1 else bias
+    outputs = before.shape[0] * before.shape[2]
+    if bias is not None and (len(bias.uses()) > 1 or numbers(bias).size != outputs):
+        bias = None  # it has no number of its own for each output
     shifts, weights = [], []
     for group in range(len(before)):
         made = compensate(before[group], hessian[group], gone[group], centered=bias is not None)
