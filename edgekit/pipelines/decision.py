@@ -237,7 +237,7 @@ def decision_notes(record: ProxyRecord | None) -> Iterator[str]:
     if record is not None and record.kind == "boxes" and record.decisions < FEW_BOXES:
         yield (
             f"{record.name} is judged by {record.decisions} boxes only, so that each counts {100 / max(record.decisions, 1):.1f} points: "
-            "more samples of --calibration, a quarter of which is held back, make it surer"
+            "--evaluate makes it surer, or more samples of --calibration, a quarter of which is held back (of large ones no more than 64)"
         )
     if record is not None and record.after < record.floor:
         yield (
