@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -158,14 +158,20 @@ def test_a_speedup_is_reached_on_a_real_runtime(
     assert list((cache / "edgekit" / "latency").glob("*.json")) == [file]
 
 
+def twice_as_fast(network: Callable[[], nn.Module], out: Path, **given: Any) -> tuple[Any, Pruned]:
+    """A torch module, cut without training, and the record."""
+    torch.manual_seed(0)
+    plan = Prune(speedup=f"2@{TARGET}", round_to=0, recover=False, **given)
+    tuning = Tuning(None, plan, load_target("portable"), QUICK, 12, None, None, out, lambda *_: None)
+    module = tuning.train(open_data(IMAGES), network().eval(), Source(name="network", kind="module"))
+    assert tuning.pruned is not None
+    return module, tuning.pruned
+
+
 def test_a_speedup_is_of_the_model_as_it_came_in_all_rounds(clock: Clock, tmp_path: Path) -> None:
     """Here of a torch module, which is exported for each measurement."""
-    torch.manual_seed(0)
-    plan = Prune(speedup=f"2@{TARGET}", schedule="iterative:2", round_to=0, recover=False)
-    tuning = Tuning(None, plan, load_target("portable"), QUICK, 12, None, None, tmp_path / "out", lambda *_: None)
-    module = tuning.train(open_data(IMAGES), Wide().eval(), Source(name="wide", kind="module"))
-    found = tuning.pruned
-    assert found is not None and found.speedup is not None and found.latency_ms is not None
+    module, found = twice_as_fast(Wide, tmp_path / "out", schedule="iterative:2")
+    assert found.speedup is not None and found.latency_ms is not None
     assert found.latency_ms == pytest.approx(REST_MS + MS_PER_MAC * found.macs[1], rel=1e-6)
     assert found.speedup == pytest.approx(WHOLE_MS / found.latency_ms, rel=1e-6)
     assert 2.0 <= found.speedup <= 2.0 / 0.9
@@ -173,13 +179,12 @@ def test_a_speedup_is_of_the_model_as_it_came_in_all_rounds(clock: Clock, tmp_pa
     assert found.macs[1] == 64 * 9 * inputs + 64 * 9 * inputs * outputs + 4 * outputs
 
 
-class Padded(nn.Module):
+class Padded(Wide):
     """Its shortcut pads channels with zeros, which is a convolution while it is pruned."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Conv2d(1, 64, 3, padding=1), nn.Conv2d(64, 96, 3, padding=1)
-        self.head = nn.Linear(96, 4)
+        self.second, self.head = nn.Conv2d(64, 96, 3, padding=1), nn.Linear(96, 4)
 
     def forward(self, image: Tensor) -> Tensor:
         x = F.relu(self.first(image))
@@ -187,12 +192,8 @@ class Padded(nn.Module):
 
 
 def test_a_speedup_is_of_shortcuts_as_they_came(clock: Clock, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    plan = Prune(speedup=f"2@{TARGET}", round_to=0, recover=False)
-    tuning = Tuning(None, plan, load_target("portable"), QUICK, 12, None, None, tmp_path / "out", lambda *_: None)
-    tuning.train(open_data(IMAGES), Padded().eval(), Source(name="padded", kind="module"))
-    found = tuning.pruned
-    assert found is not None and found.speedup is not None and found.latency_ms is not None
+    _, found = twice_as_fast(Padded, tmp_path / "out")
+    assert found.speedup is not None and found.latency_ms is not None
     came_ms = REST_MS + MS_PER_MAC * (64 * 9 * 64 + 64 * 9 * 64 * 96 + 4 * 96)
     assert found.speedup == pytest.approx(came_ms / found.latency_ms, rel=1e-6)
     assert 2.0 <= found.speedup <= 2.0 / 0.9

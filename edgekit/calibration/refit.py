@@ -62,24 +62,26 @@ def _gone(old: LinearLayer, new: LinearLayer) -> Bools:
 
 
 def _fit(graph: ir.Graph, old: LinearLayer, layer: LinearLayer, gone: Bools, hessian: F32) -> None:
-    weight, place_of_weight = numbers(old.weight), layer.parts.weight
-    assert place_of_weight is not None, "linear layers have one"
+    weight, index = numbers(old.weight), layer.parts.weight
+    assert index is not None, "linear layers have one"
     before = matrix(old, weight)
-    place = bias_place(layer.node)
-    holder, index = place if place is not None else (layer.node, len(layer.node.inputs))
-    bias = holder.inputs[index] if index < len(holder.inputs) else None
-    outputs = before.shape[0] * before.shape[2]
-    if bias is not None and (len(bias.uses()) > 1 or numbers(bias).size != outputs):
-        bias = None  # it has no number of its own for each output
-    shifts, weights = [], []
-    for group in range(len(before)):
-        made = compensate(before[group], hessian[group], gone[group], centered=bias is not None)
-        weights.append(made[0])
-        shifts.append(made[1])
-    give_constant(graph, layer.node, place_of_weight, array_of(layer, np.stack(weights), weight.shape))
-    if bias is not None:
-        shifted = numbers(bias) + np.concatenate(shifts).reshape(-1)
-        give_constant(graph, holder, index, shifted)
+    place = _own_bias(layer.node, before.shape[0] * before.shape[2])
+    made = [compensate(*one, centered=place is not None) for one in zip(before, hessian, gone, strict=True)]
+    give_constant(graph, layer.node, index, array_of(layer, np.stack([new for new, _ in made]), weight.shape))
+    if place is not None:
+        holder, at, bias = place
+        give_constant(graph, holder, at, numbers(bias) + np.concatenate([shift for _, shift in made]))
+
+
+def _own_bias(node: ir.Node, outputs: int) -> tuple[ir.Node, int, ir.Value] | None:
+    """Who reads a layer's bias, at which input, and the bias; None where it has none, or none with a number of its own for each output."""
+    place = bias_place(node)
+    if place is None or place[1] >= len(place[0].inputs):
+        return None
+    bias = place[0].inputs[place[1]]
+    if bias is None or len(bias.uses()) > 1 or numbers(bias).size != outputs:
+        return None
+    return *place, bias
 
 
 def compensate(

@@ -28,7 +28,6 @@ from edgekit.words import some
 
 Arrays = dict[str, NDArray[np.generic]]
 
-
 FITTED = "a fit of each layer to the calibration data, without training"
 COMPARED = 128
 """Calibration samples, about, that the decisions of the unpruned model are looked at on."""
@@ -62,16 +61,7 @@ def prune_graph(
         GraphError: nothing can be cut, or the criterion needs more than weights.
         GoalError: the goal cannot be met.
     """
-    if plan.blocks is not None:
-        raise SourceError(
-            f"--blocks {plan.blocks} needs a model with its layers as modules, which an ONNX file does not have; give the checkpoint "
-            "that it was exported from, with --model, or cut channels with --macs"
-        )
-    if plan.sparsity is not None or plan.schedule != ONE_SHOT:
-        asked = f"--sparsity {plan.sparsity}" if plan.sparsity is not None else f"--schedule {plan.schedule}"
-        raise SourceError(
-            f"{asked} needs training, which an ONNX file cannot have; give the checkpoint that it was exported from, with --model"
-        )
+    _check(plan)
     on_progress("prune", 0, None)
     channels = channel_groups(model, criterion=plan.criterion, ignore=plan.ignore)
     if not channels.groups:
@@ -88,19 +78,33 @@ def prune_graph(
     pruned = prune_channels(whole, channels, chosen.choice)
     prove_equal(whole, pruned, examples)
     left = kept_shares(channels.groups, chosen.choice)
+    before, at_cut, after = [None if measure is None else measure(one) for one in (model, cut, pruned)]
     record = Pruned(
         summary=plan.summary,
         layers=tuple(pruned_layers(channels.costs, channels.costs, left)),
         macs=(round(total_macs(channels.costs, {})), round(total_macs(channels.costs, left))),
         parameters=(_parameters(model), _parameters(pruned)),
         **(timing.told if timing else {}),
-        before=measure(model) if measure else None,
-        cut=measure(cut) if measure else None,
-        after=measure(pruned) if measure and plan.recover else None,
+        before=before,
+        cut=at_cut,
+        after=after if plan.recover else None,
         recovered=FITTED if plan.recover else "",
         remarks=(*chosen.remarks, *([] if measure else _compared(model, pruned, batches)), *_told(channels)),
     )
     return pruned, record
+
+
+def _check(plan: Prune) -> None:
+    if plan.blocks is not None:
+        raise SourceError(
+            f"--blocks {plan.blocks} needs a model with its layers as modules, which an ONNX file does not have; give the checkpoint "
+            "that it was exported from, with --model, or cut channels with --macs"
+        )
+    if plan.sparsity is not None or plan.schedule != ONE_SHOT:
+        asked = f"--sparsity {plan.sparsity}" if plan.sparsity is not None else f"--schedule {plan.schedule}"
+        raise SourceError(
+            f"{asked} needs training, which an ONNX file cannot have; give the checkpoint that it was exported from, with --model"
+        )
 
 
 def _parameters(model: ir.Model) -> int:
