@@ -365,7 +365,7 @@ def _print_compressed(result: CompressResult) -> None:
         name, before, after = record.float_metric.name, record.float_metric.value, record.simulated_metric.value
         click.echo(f"  {name}: {before:.4f} in float, {after:.4f} in simulation")
     elif record.proxy:
-        click.echo(f"  {record.proxy.name} with float: {record.proxy.after:.4g} in simulation")
+        click.echo(f"  {record.proxy.name} with {record.float_model}: {record.proxy.after:.4g} in simulation")
     for note in record.notes:
         click.echo(f"  note: {note}")
     stale = [row.target for row in summary(result.model.parent)]

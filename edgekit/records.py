@@ -115,6 +115,11 @@ class Compressed(Table):
         """The method in a few words, and how many samples chose ranges, if any."""
         return f"{self.method.summary} from {self.samples} samples" if self.samples else self.method.summary
 
+    @property
+    def float_model(self) -> str:
+        """What decisions are compared with, in words: quantization starts from what pruning left."""
+        return "the pruned model in float" if self.pruned else "float"
+
 
 class OutputProof(Table):
     """One output of an artifact, on its own runtime, against the simulation and against float.

@@ -200,7 +200,8 @@ def _compression(compressed: Compressed) -> list[str]:
         lines.append(f"- pruned: {compressed.pruned.told}")
     if compressed.proxy:
         lines.append(
-            f"- {compressed.proxy.name} with float: {compressed.proxy.after:.4g} in simulation, {compressed.proxy.floor:g} wanted"
+            f"- {compressed.proxy.name} with {compressed.float_model}: {compressed.proxy.after:.4g} in simulation, "
+            f"{compressed.proxy.floor:g} wanted"
         )
     if compressed.float_metric and compressed.simulated_metric:
         lines.append(

@@ -164,6 +164,14 @@ def test_a_pruned_file_is_fitted_unless_it_is_to_stay_as_it_was_cut(tmp_path: Pa
     assert "cut, " in fitted.told and "after recovery; recovered by a fit of each layer" in fitted.told
 
 
+def test_quantization_is_held_against_the_pruned_model_and_that_is_said(tmp_path: Path) -> None:
+    source, data = network(tmp_path / "m.onnx"), mixed(64, 12, 6, 6)
+    record = edgekit.compress(source, tmp_path / "out", calibration={"x": data}, prune=Prune(ratio=0.25)).record
+    assert record.proxy is not None
+    told = f"{record.proxy.name} with the pruned model in float: {record.proxy.after:.4g} in simulation"
+    assert told in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_without_a_metric_what_is_left_of_the_decisions_is_told(tmp_path: Path) -> None:
     source, data = network(tmp_path / "m.onnx"), mixed(64, 12, 6, 6)
     prune = Prune(ratio=0.25, round_to=0)
