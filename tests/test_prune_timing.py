@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,20 @@ def test_a_speedup_is_of_the_model_as_it_came_in_all_rounds(clock: Clock, tmp_pa
     assert 2.0 <= found.speedup <= 2.0 / 0.9
     outputs, inputs = module.second.weight.shape[:2]
     assert found.macs[1] == 64 * 9 * inputs + 64 * 9 * inputs * outputs + 4 * outputs
+
+
+def test_a_whole_model_is_never_fast_enough(
+    wide: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On a clock on which whatever is measured second seems twice as fast."""
+
+    def measure(candidates: Sequence[Candidate], feeds: Mapping[str, Any], **_: Any) -> Comparison:
+        found = clock.measure(candidates, feeds)
+        return replace(found, ratios={name: Ratio(2.0, 2.0, 2.0) for name in found.ratios})
+
+    monkeypatch.setattr(prune_timing, "measure", measure)
+    found = pruned(wide, tmp_path / "out", speedup=f"1.3@{TARGET}", round_to=16, ignore="first")
+    assert found.macs[1] < found.macs[0]
 
 
 class Padded(Wide):
