@@ -1,11 +1,15 @@
-"""Realistic inputs for models found in packages: photographs, lines of text, sound, files. Each takes a seed: no two share samples."""
+"""Realistic inputs for models found in packages: photographs, text, sound, files. Each takes a seed: no two share samples."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
 import string
 import sysconfig
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
@@ -14,28 +18,37 @@ from PIL import Image, ImageDraw, ImageFont
 
 Array = NDArray[Any]
 
-PHOTOS = (
-    "astronaut",
-    "chelsea",
-    "coffee",
-    "rocket",
-    "motorcycle_left",
-    "hubble_deep_field",
-    "retina",
-    "camera",
-    "coins",
+Colour = tuple[int, ...]
+
+PHOTOS = tuple(
+    ("skimage", f"data/{name}")
+    for name in (
+        "astronaut.png",
+        "chelsea.png",
+        "coffee.png",
+        "rocket.jpg",
+        "motorcycle_left.png",
+        "hubble_deep_field.jpg",
+        "retina.jpg",
+        "camera.png",
+        "coins.png",
+    )
 )
-"""Of scikit-image's package."""
+"""Of all kinds, by the package they lie in."""
+PEOPLE = (
+    ("skimage", "data/astronaut.png"),
+    ("matplotlib", "mpl-data/sample_data/grace_hopper.jpg"),
+    ("ultralytics", "assets/bus.jpg"),
+    ("ultralytics", "assets/zidane.jpg"),
+)
+"""With somebody on each."""
 RATE = 16000
+LETTERS = string.ascii_letters + string.digits
 
 
-def photos(count: int, height: int, width: int, seed: int) -> Array:
+def photos(count: int, height: int, width: int, seed: int, of: tuple[tuple[str, str], ...] = PHOTOS) -> Array:
     """Cut-outs of photographs, `(count, height, width, 3)` uint8: turned, scaled and lit differently."""
-    spec = importlib.util.find_spec("skimage")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("scikit-image is not installed")
-    folder = Path(spec.origin).parent / "data"
-    files = [next(folder.glob(f"{name}.*")) for name in PHOTOS]
+    files = [_package(name) / path for name, path in of]
     rng = np.random.default_rng(seed)
     found = []
     for _ in range(count):
@@ -51,9 +64,15 @@ def photos(count: int, height: int, width: int, seed: int) -> Array:
 
 
 def lines(count: int, height: int, width: int, seed: int) -> Array:
-    """A line of a few words on each, `(count, height, width, 3)` uint8."""
+    """A few words on each, `(count, height, width, 3)` uint8: cut out tightly and scaled to the size, as a recognizer is given them."""
     rng = np.random.default_rng(seed)
-    return np.stack([_page(rng, height, width, rows=1) for _ in range(count)])
+    return np.stack([_line(rng, height, width) for _ in range(count)])
+
+
+def captchas(count: int, height: int, width: int, seed: int) -> Array:
+    """Four to six letters and digits on each, `(count, height, width, 3)` uint8: turned and shifted, with strokes across."""
+    rng = np.random.default_rng(seed)
+    return np.stack([_captcha(rng, height, width) for _ in range(count)])
 
 
 def pages(count: int, side: int, seed: int) -> Array:
@@ -96,10 +115,44 @@ def file_bytes(count: int, length: int, seed: int, padding: int = 256) -> Array:
     return found
 
 
+def _package(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"{name} is not installed, which has photographs")
+    return Path(spec.origin).parent
+
+
+def _line(rng: np.random.Generator, height: int, width: int) -> Array:
+    paper, ink = _colours(rng)
+    font, text = ImageFont.load_default(40), ""
+    while not text or font.getlength(text) < rng.uniform(0.75, 1.0) * width / height * 50:
+        text = f"{text} {_real_word(rng)}".strip()
+    margin = rng.uniform(4, 14)
+    image = Image.new("RGB", (int(font.getlength(text) + 2 * margin), int(rng.uniform(48, 60))), paper)
+    ImageDraw.Draw(image).text((margin, image.height / 2), text, ink, font, anchor="lm")
+    return _noisy(rng, image.resize((width, height), Image.Resampling.BILINEAR))
+
+
+def _captcha(rng: np.random.Generator, height: int, width: int) -> Array:
+    paper, ink = _colours(rng)
+    image = Image.new("RGB", (width, height), paper)
+    count = int(rng.integers(4, 7))
+    step = width / (count + 0.5)
+    for place in range(count):
+        size = int(min(0.8 * height, 1.5 * step) * rng.uniform(0.8, 1.0))
+        letter = Image.new("L", (2 * size, 2 * size))
+        ImageDraw.Draw(letter).text((size, size), _pick(rng, LETTERS), 255, ImageFont.load_default(size), anchor="mm")
+        top = int((0.5 + rng.uniform(-0.08, 0.08)) * height) - size
+        image.paste(ink, (int((place + 0.75) * step) - size, top), letter.rotate(float(rng.uniform(-15, 15))))
+    draw = ImageDraw.Draw(image)
+    for _ in range(int(rng.integers(4))):
+        ends = [int(v) for v in rng.integers(0, (width, height, width, height))]
+        draw.line(ends, tuple(int(v) for v in rng.integers(0, 256, 3)))
+    return _noisy(rng, image)
+
+
 def _page(rng: np.random.Generator, height: int, width: int, rows: int) -> Array:
-    light = bool(rng.random() < 0.8)
-    paper = tuple(int(v) for v in rng.integers(180 if light else 0, 256 if light else 80, 3))
-    ink = tuple(int(v) for v in rng.integers(0 if light else 180, 80 if light else 256, 3))
+    paper, ink = _colours(rng)
     image = Image.new("RGB", (width, height), paper)
     draw = ImageDraw.Draw(image)
     step = height // rows
@@ -107,10 +160,34 @@ def _page(rng: np.random.Generator, height: int, width: int, rows: int) -> Array
         size = max(10, int(step * rng.uniform(0.45, 0.75)))
         words = " ".join(_word(rng) for _ in range(int(rng.integers(1, 5))))
         draw.text((int(rng.integers(2, 12)), row * step + (step - size) // 3), words, ink, ImageFont.load_default(size))
-    noisy = np.asarray(image, np.float32) + rng.normal(0, rng.uniform(0, 8), (height, width, 3))
-    return np.clip(noisy, 0, 255).astype(np.uint8)
+    return _noisy(rng, image)
+
+
+def _colours(rng: np.random.Generator) -> tuple[Colour, Colour]:
+    """Of the paper and of the ink: dark on light, or one time in five the other way."""
+    light = bool(rng.random() < 0.8)
+    paper = tuple(int(v) for v in rng.integers(180 if light else 0, 256 if light else 80, 3))
+    return paper, tuple(int(v) for v in rng.integers(0 if light else 180, 80 if light else 256, 3))
+
+
+def _noisy(rng: np.random.Generator, image: Image.Image) -> Array:
+    pixels = np.asarray(image, np.float32)
+    return np.clip(pixels + rng.normal(0, rng.uniform(0, 8), pixels.shape), 0, 255).astype(np.uint8)
 
 
 def _word(rng: np.random.Generator) -> str:
-    letters = string.ascii_letters + string.digits
-    return "".join(letters[i] for i in rng.integers(len(letters), size=int(rng.integers(2, 9))))
+    return "".join(_pick(rng, LETTERS) for _ in range(int(rng.integers(2, 9))))
+
+
+def _real_word(rng: np.random.Generator) -> str:
+    return _pick(rng, _vocabulary())
+
+
+@cache
+def _vocabulary() -> tuple[str, ...]:
+    """The words of Python's own help."""
+    return tuple(sorted({word for text in topics.values() for word in re.findall(r"\b[A-Za-z]{2,10}\b", text)}))
+
+
+def _pick(rng: np.random.Generator, some: Sequence[str]) -> str:
+    return some[int(rng.integers(len(some)))]

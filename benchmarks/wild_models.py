@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from wild_data import file_bytes, lines, pages, photos, tones
+from wild_data import PEOPLE, captchas, file_bytes, lines, pages, photos, tones
 
 Array = NDArray[Any]
 Feeds = dict[str, Array]
@@ -69,11 +69,13 @@ def _calls(count: int, seed: int) -> list[Feeds]:
 
 
 MODELS = (
-    WildModel("nudenet 320n", "YOLOv8 detector", "nudenet", "320n.onnx", lambda n, s: {"images": _images(photos(n, 320, 320, s))}, 320),
+    WildModel(
+        "nudenet 320n", "YOLOv8 detector", "nudenet", "320n.onnx", lambda n, s: {"images": _images(photos(n, 320, 320, s, PEOPLE))}, 320
+    ),
     WildModel("magika", "file types", "magika", "models/standard_v3_3/model.onnx", lambda n, s: {"bytes": file_bytes(n, 2048, s)}),
     WildModel(
         "ddddocr common", "captcha text", "ddddocr", "common.onnx",
-        lambda n, s: {"input1": _images(lines(n, 64, 160, s))[:, :1]},
+        lambda n, s: {"input1": _images(captchas(n, 64, 160, s))[:, :1]},
     ),
     WildModel(
         "ddddocr det", "YOLOX detector", "ddddocr", "common_det.onnx",
