@@ -23,6 +23,7 @@ import edgekit
 from edgekit.backend import Artifact, get_backend
 from edgekit.data import open_data
 from edgekit.errors import EdgekitError
+from edgekit.graph.float16 import rounded_steps
 from edgekit.graph.io import load_onnx
 from edgekit.graph.run import Session
 from edgekit.lowering.saturation import cpu_saturates
@@ -101,7 +102,7 @@ def _exported(
         "int8": manifest.proof.int8_macs_share, "kept_float": manifest.kept_float, "agrees": manifest.proof.agrees,
     }  # fmt: skip
     if manifest.proof.agrees is None:
-        session = Session(result.folder / MODEL, optimize=False)
+        session = Session(rounded_steps(load_onnx(result.folder / MODEL)), optimize=False)
         return row | _scored(judge, session.run, feeds, floats)
     artifact = Artifact(
         result.folder / manifest.artifact, tuple(result.folder / one for one in manifest.artifact_files)

@@ -153,6 +153,44 @@ def test_a_mask_of_float32s_lowest_from_outside_stays_a_number(mask: str, tmp_pa
     np.testing.assert_allclose(got, run(model, some)["head_y"], rtol=0, atol=0.2)
 
 
+def offset_classifier(offset: float) -> ir.Model:
+    """Scores whose differences are small beside what is added to all of them: in float16 most come out alike."""
+    net = Net(seed=3)
+    x = net.conv_relu(net.input("x", ["n", 3, 16, 16]), "stem", 3, 8)
+    scores = net.gemm(net.op("Flatten", [x]), "scores", 8 * 16 * 16, 4)
+    shifted = net.op("Add", [scores, net.constant("offset", np.float32(offset))])
+    model = net.model(net.op("Softmax", [shifted], "classes", axis=-1))
+    poked(model, "scores.weight", lambda array: np.subtract(array, array.mean(1, keepdims=True), out=array))
+    poked(model, "scores.bias", lambda array: array.fill(0))
+    return model
+
+
+@needs_tensorrt
+@pytest.mark.parametrize("judged", ["by its decisions", "by a metric"])
+@pytest.mark.parametrize(("offset", "dtype"), [(0.0, "float16"), (1000.0, "float32")])
+def test_floats_are_float32_where_float16_loses_decisions(
+    judged: str, offset: float, dtype: str, tmp_path: Path
+) -> None:
+    model = offset_classifier(offset)
+    wanted = run(model, IMAGES)["classes_y"].argmax(1)
+
+    def agreement(runner: Any) -> float:
+        return float(np.mean(runner(IMAGES)["classes_y"].argmax(1) == wanted))
+
+    metric = agreement if judged == "by a metric" else None
+    edgekit.compress(save(model, tmp_path), tmp_path / "out", calibration=IMAGES, evaluate=metric)
+    [result] = edgekit.export(tmp_path / "out", ["cuda-tensorrt"], evaluate=metric)
+    told = [note for note in result.manifest.notes if note.startswith("in float32 what is not int8")]
+    assert result.manifest.target_rules.runtime.float_dtype == dtype
+    assert len(told) == (dtype == "float32")
+    lowered = ir.load(result.folder / "model.onnx")
+    types = {value.dtype for node in lowered.graph for value in node.outputs}
+    assert (ir.DataType.FLOAT16 in types) == (dtype == "float16")
+    value = result.manifest.proxy or result.manifest.metric
+    assert value is not None
+    assert value.value >= 0.97
+
+
 def test_marks_are_what_was_seen_and_the_model_is_left_alone() -> None:
     net = Net(seed=0)
     x = net.input("x", ["n", 2])

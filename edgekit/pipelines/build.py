@@ -13,6 +13,7 @@ import onnx_ir as ir
 from edgekit.backend import Artifact, Availability, Backend, KernelRecord
 from edgekit.errors import BackendError, GraphError
 from edgekit.graph.contract import check_contract, contract
+from edgekit.graph.float16 import rounded_steps
 from edgekit.graph.io import save_onnx
 from edgekit.graph.operators import layers
 from edgekit.graph.rules import quantized_nodes, recurrent
@@ -93,7 +94,9 @@ def _build(job: Job, keep_float: frozenset[str]) -> Candidate:
     save_onnx(lowered, job.folder / MODEL)
     artifact = job.backend.convert(job.folder / MODEL, job.target, job.folder, precision="int8")
     # What runs is held against edgekit's own lowering, not against what the backend made of it.
-    reference = lower_qdq(job.model, job.target, keep_float=keep_float) if job.available.can_check else qdq
+    reference = (
+        lower_qdq(job.model, job.target, keep_float=keep_float) if job.available.can_check else rounded_steps(qdq)
+    )
     batches = [*job.batches, *([job.resized.feeds] if job.resized and not artifact.fixed_sizes else [])]
     simulated = run_batches(Session(reference, optimize=False).run, batches)
     ran: Sequence[Arrays] | None = None

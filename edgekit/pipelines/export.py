@@ -19,17 +19,18 @@ from edgekit.graph.contract import contract
 from edgekit.graph.io import load_onnx
 from edgekit.graph.magnitudes import mark_wide, wide_names
 from edgekit.graph.rules import check_operators
-from edgekit.graph.run import Session
 from edgekit.graph.sparsity import graph_sparsity
+from edgekit.lift import Floor
 from edgekit.lowering.saturation import saturates_here, with_reduced_range
 from edgekit.metric import Evaluate, Runner, open_metric
 from edgekit.output import sha256, staged_folder, write_text
-from edgekit.pipelines.build import Candidate, Job, find_guilty, try_build
-from edgekit.pipelines.decision import Decision, settle_target
+from edgekit.pipelines.build import Candidate, Job
+from edgekit.pipelines.decision import MOST_LOST, Decision, settle_target
 from edgekit.pipelines.departures import departures
 from edgekit.pipelines.expected import PROVEN_ON, Expected, what_is_expected
 from edgekit.pipelines.floor import lift_notes
 from edgekit.pipelines.placement import fastest, placement_notes
+from edgekit.pipelines.precise import Built, build_precisely
 from edgekit.pipelines.resized import Resized
 from edgekit.pipelines.stored import Stored, open_stored
 from edgekit.pipelines.targets import missing
@@ -49,9 +50,6 @@ from edgekit.records import (
 from edgekit.report import write_report
 from edgekit.target import Format, Target, load_target
 from edgekit.words import some
-from edgekit.worker import Worker
-
-MOST_REPAIRS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,38 +212,26 @@ def _export_one(
     if tuning_s is not None and available.can_run and format == "qdq":
         placement = fastest(stored, target, backend, tuning_s, on_progress)
     slow = frozenset(placement.keep_float) if placement else frozenset()
-    candidate, kept = _repaired(job, slow, on_progress)
+    judge = metric or (decision.evaluate if decision else None)
+    built, precision_note = build_precisely(job, slow, judge, partial(_floor, stored.record, decision), on_progress)
     proxy = stored.record.proxy
-    parted, parted_note = departures(job, slow | frozenset(kept))
+    parted, parted_note = departures(built.job, slow | frozenset(built.kept))
     notes = (
         *lift_notes(lifted, proxy.name if decision and proxy else ""),
-        *_size_notes(stored, resized, candidate.artifact),
+        *_size_notes(stored, resized, built.candidate.artifact),
         *_sparsity_note(stored.record, folder / MODEL),
+        *([precision_note] if precision_note else []),
         *([parted_note] if parted_note else []),
     )
-    return _describe(job, stored.record, candidate, kept, placement, metric, decision, parted, notes)
+    return _describe(built, stored.record, placement, metric is None, decision, parted, notes)
 
 
-def _repaired(job: Job, slow: frozenset[str], on_progress: Progress) -> tuple[Candidate, tuple[str, ...]]:
-    """What was built, and the layers that are in float because the runtime gets them wrong; `slow` ones are in float anyway.
-
-    Raises:
-        BackendError: the runtime refuses the graph whatever is in float.
-    """
-    kept: tuple[str, ...] = ()
-    while True:
-        on_progress(f"{job.target.name}: lower, convert, verify", len(kept), None)
-        candidate, problem = try_build(job, slow | frozenset(kept))
-        if not problem or len(kept) == MOST_REPAIRS:
-            break
-        on_progress(f"{job.target.name}: find the layer that the runtime gets wrong", len(kept), None)
-        guilty = find_guilty(job, slow | frozenset(kept), candidate)
-        if guilty is None:
-            break
-        kept = (*kept, guilty)
-    if candidate is None:
-        raise BackendError(problem)
-    return candidate, kept
+def _floor(record: Compressed, decision: Decision | None, value: Metric) -> float | None:
+    """The least that `value` may be; None where nothing is known of the float model."""
+    if decision is not None:
+        return decision.floor
+    known = record.float_metric
+    return Floor("points", MOST_LOST).needed(known.value) if known and known.name == value.name else None
 
 
 def _sparsity_note(record: Compressed, graph: Path) -> Iterator[str]:
@@ -258,20 +244,18 @@ def _sparsity_note(record: Compressed, graph: Path) -> Iterator[str]:
 
 
 def _describe(
-    job: Job,
+    built: Built,
     record: Compressed,
-    candidate: Candidate,
-    kept: tuple[str, ...],
     placement: TunedPlacement | None,
-    metric: Evaluate | None,
+    proxied: bool,
     decision: Decision | None,
     parted: tuple[Departure, ...],
     notes: Sequence[str],
 ) -> Manifest:
-    """Measure the metric and write the manifest."""
+    """Write the manifest; its number is that of a decision where it is `proxied`, else of a metric."""
+    job, candidate, kept, value = built.job, built.candidate, built.kept, built.value
     artifact = candidate.artifact
-    value, source = _measure_metric(job, artifact, metric or (decision.evaluate if decision else None))
-    judged = value if metric is None else None
+    judged = value if proxied else None
     manifest = Manifest(
         edgekit=edgekit.__version__,
         versions=versions("onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx-cu13", "numpy"),
@@ -295,7 +279,7 @@ def _describe(
         float_metric=record.float_metric
         if record.float_metric and value and record.float_metric.name == value.name
         else None,
-        metric_source=source,
+        metric_source=built.value_source,
         proxy=judged,
         placement=placement,
         departures=parted,
@@ -313,17 +297,6 @@ def _ports(job: Job) -> dict[str, Any]:
         for ports in (promised.inputs, promised.outputs)
     )
     return {"inputs": inputs, "outputs": outputs, "opset": load_onnx(job.folder / MODEL).opset_imports.get("", 0)}
-
-
-def _measure_metric(job: Job, artifact: Artifact, metric: Evaluate | None) -> tuple[Metric | None, str]:
-    """The metric of the artifact on its runtime or, where that cannot run, of the lowered graph in simulation."""
-    if metric is None:
-        return None, ""
-    if not job.available.can_check or job.checked != job.target:
-        # Not optimized: ONNX Runtime's own fusions fail on some graphs that were made for other runtimes.
-        return metric(Session(job.folder / MODEL, optimize=False).run), "simulated"
-    with Worker(artifact, job.target, exact=False) as worker:
-        return metric(worker.run), "ran"
 
 
 def _size_notes(stored: Stored, resized: Resized | None, artifact: Artifact) -> Iterator[str]:
