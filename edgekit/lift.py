@@ -87,6 +87,7 @@ def lift(
     floor: Floor,
     *,
     ranking: Sequence[str],
+    first: int = 1,
     aim: Floor | None = None,
     metric: Evaluate | None = None,
     known: Known | None = None,
@@ -98,7 +99,7 @@ def lift(
 ) -> Lifted:
     """Find the fewest layers to keep in float so that the simulated model meets `floor`.
 
-    1. The first 1, 2, 4, ... layers of the ranking, until the floor is met; then bisection.
+    1. The `first` layers of the ranking, twice, four times, ... as many, until the floor is met; then bisection.
     2. Layers that turn out not to be needed are given back, in halves, quarters, ... and one by one, the mildest first.
 
     It ends within the time budget, judged by the longest trial so far, with the best that it found: the smallest set that meets the
@@ -109,7 +110,8 @@ def lift(
         target: its quantization is simulated.
         batches: feeds on which outputs are compared with float; not read for points of a metric.
         floor: the goal.
-        ranking: names of layers, the worst first; see `edgekit.sensitivity.rank`.
+        ranking: names of nodes, the worst first; see `edgekit.sensitivity.rank`.
+        first: how many of them are thought to be enough; see `edgekit.sensitivity.how_many_hurt`.
         aim: more than the floor, of its kind: gone for, and taken where it needs no more than `WORTH` times as many layers.
         metric: the user's; needed for a floor in points.
         known: what that says of the float model, and of the model with nothing lifted, where somebody has asked already.
@@ -139,7 +141,7 @@ def lift(
     aimed = max(needed, (aim or floor).needed(float_value))
     search = _Search(key, value_of, needed, aimed, time_budget_s, on_trial, on_progress, tried, _estimate(len(ranking)))
     try:
-        search.find(ranking)
+        search.find(ranking, first)
         finished = True
     except _TimeIsUp:
         finished = False
@@ -186,11 +188,11 @@ class _Search:
     start: float = field(default_factory=time.monotonic)
     longest: float = 0.0
 
-    def find(self, ranking: Sequence[str]) -> None:
+    def find(self, ranking: Sequence[str], first: int) -> None:
         """Try sets until the smallest that a search of this kind finds is known."""
         if self.meets(()):
             return
-        low, high = 0, min(1, len(ranking))
+        low, high = 0, min(first, len(ranking))
         while not self.meets(ranking[:high]):
             if high == len(ranking):
                 return

@@ -15,14 +15,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from edgekit.beside import Site, beside_floats, by_name, error_name, fed_name, rest_of, signal_name, site_of
 from edgekit.errors import DataError, GraphError
-from edgekit.graph.annotations import all_values
-from edgekit.graph.operators import LINEAR, copy_type, layers
+from edgekit.graph.operators import LINEAR, layers
 from edgekit.graph.rules import quantized_nodes
 from edgekit.graph.run import Session
 from edgekit.graph.sizes import WATCHED_BYTES, in_parts, value_bytes
 from edgekit.lowering.qdq import lower_qdq
-from edgekit.lowering.writer import remove_dead
 from edgekit.metric import Evaluate
 from edgekit.progress import Progress, silent
 from edgekit.records import LayerSensitivity
@@ -33,10 +32,9 @@ Arrays = Mapping[str, NDArray[np.generic]]
 SEGMENTS = 6
 LARGEST_DB = 200.0
 AT_ONCE = 1 << 20
-_BESIDE_READERS = {
-    "output_q": "when-consumed", "bias": "float", "drop_redundant": (), "pass_through_q": "around", "integer_pad": "never",
-}  # fmt: skip
-"""Rules by which each quantized node reads what it reads behind a Q/DQ pair, and nothing else changes."""
+MOST = 0.9
+_BESIDE_READERS = {"bias": "float", "drop_redundant": (), "pass_through_q": "around", "integer_pad": "never"}
+"""Rules by which each quantized node reads what it reads behind a Q/DQ pair, and no node changes."""
 
 
 def sensitivity(
@@ -66,13 +64,14 @@ def sensitivity(
     """
     check_batches(batches, "sensitivity")
     lowered = lower_qdq(model, _with_rules(target, _BESIDE_READERS))
-    plain, on_codes = _by_name(model.graph), _by_name(lowered.graph)
+    plain, on_codes = by_name(model.graph), by_name(lowered.graph)
     nodes = [node for node in quantized_nodes(model, target) if _is_on_codes(on_codes[node.outputs[0].name], plain)]
     costs = {layer.name: layer.macs for layer in layers(model)}
     found: list[LayerSensitivity] = []
-    for segment in _segments(nodes, value_bytes(model, batches[0])):
-        for node, (local, whole) in zip(segment, _alone(model, lowered, segment, batches, focus, threads), strict=True):
-            name = node.name or ""
+    sites = [site_of(node, target, on_codes) for node in nodes]
+    for segment in _segments(sites, value_bytes(model, batches[0])):
+        for site, (local, whole) in zip(segment, _alone(model, lowered, segment, batches, focus, threads), strict=True):
+            node, name = site.node, site.name
             found.append(
                 LayerSensitivity(
                     name=name,
@@ -88,20 +87,36 @@ def sensitivity(
     return found
 
 
-def _segments(nodes: Sequence[ir.Node], sizes: Mapping[str, int]) -> Iterator[list[ir.Node]]:
+def _segments(sites: Sequence[Site], sizes: Mapping[str, int]) -> Iterator[list[Site]]:
     """Nodes in order, cut into `SEGMENTS`, or into more where the errors of so many are too large to hold."""
-    size = max(1, -(-len(nodes) // SEGMENTS))
-    for start in range(0, len(nodes), size):
-        by_name = {node.outputs[0].name or "": node for node in nodes[start : start + size]}
+    size = max(1, -(-len(sites) // SEGMENTS))
+    for start in range(0, len(sites), size):
+        by_name = {site.value.name or "": site for site in sites[start : start + size]}
         for part in in_parts(by_name, lambda name: sizes.get(name, 0), WATCHED_BYTES):
             yield [by_name[name] for name in part]
 
 
 def rank(found: Sequence[LayerSensitivity]) -> list[str]:
-    """The names of the layers with weights, the worst first: by metric where it is known, then by the error of the model's outputs."""
-    weighted = [layer for layer in found if layer.op_type in LINEAR]
-    order = sorted(weighted, key=lambda layer: (0.0 if layer.metric is None else layer.metric, layer.output_sqnr_db))
-    return [layer.name for layer in order]
+    """The names of the nodes, the worst first: by metric where it is known, then by the error of the model's outputs.
+
+    Lighter operators have no metric of their own: they stand beside the layer whose error at the outputs is nearest.
+    """
+    known = [(layer.output_sqnr_db, layer.metric) for layer in found if layer.metric is not None]
+
+    def worth(layer: LayerSensitivity) -> tuple[float, float]:
+        here = layer.output_sqnr_db
+        metric = layer.metric
+        if metric is None:
+            metric = min(known, key=lambda other: abs(other[0] - here))[1] if known else 0.0
+        return metric, here
+
+    return [layer.name for layer in sorted(found, key=worth)]
+
+
+def how_many_hurt(found: Sequence[LayerSensitivity]) -> int:
+    """Of how many nodes, the worst, the errors at the outputs make `MOST` of the sum of all: errors of layers add up in energy."""
+    noise = np.sort([10 ** (-layer.output_sqnr_db / 10) for layer in found])[::-1]
+    return int(np.searchsorted(np.cumsum(noise), MOST * noise.sum())) + 1
 
 
 @dataclass(slots=True)
@@ -166,10 +181,6 @@ def _with_rules(target: Target, rules: Mapping[str, object]) -> Target:
     return target.model_copy(update={"quantization": target.quantization.model_copy(update=rules)})
 
 
-def _by_name(graph: ir.Graph) -> dict[str | None, ir.Value]:
-    return {value.name: value for value in all_values(graph)}
-
-
 def _is_on_codes(output: ir.Value, plain: Mapping[str | None, ir.Value]) -> bool:
     """Whether what makes a value of the lowered graph reads anything that the float graph has not: nodes on codes, or their results."""
     producer = output.producer()
@@ -189,31 +200,31 @@ def _score(model: ir.Model, target: Target, node: ir.Node, metric: Evaluate | No
 def _alone(
     model: ir.Model,
     lowered: ir.Model,
-    segment: Sequence[ir.Node],
+    segment: Sequence[Site],
     batches: Sequence[Arrays],
     focus: Callable[[Arrays], Arrays],
     threads: int,
 ) -> list[tuple[float, Fidelity]]:
     """For each node of a segment, its own SQNR (dB) and what the model's outputs become when only it is quantized."""
-    names = [node.name or "" for node in segment]
-    rest, live = _rest(model, names)
+    names = [site.name for site in segment]
+    rest, live = rest_of(model, segment)
     check_float_output(rest)
     # Not optimized: ONNX Runtime would quantize more than it is told to, such as what a MatMul of 4-bit weights reads.
-    beside = Session(_beside(model, lowered, segment, live), optimize=False, threads=threads)
+    beside = Session(beside_floats(model, lowered, segment, live), optimize=False, threads=threads)
     after = Session(rest, optimize=True, threads=threads)
     noise, signal = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     whole = {name: Fidelity() for name in names}
 
     def add(feeds: Arrays) -> None:  # whose arrays are let go of before the next batch runs
         made = beside.lend(feeds)
-        given = dict(feeds) | {_fed(name): made[name] for name in live}
-        nothing = {_error(name): np.zeros(1, made[_error(name)].dtype) for name in names}
+        given = dict(feeds) | {fed_name(name): made[name] for name in live}
+        nothing = {error_name(name): np.zeros(1, made[error_name(name)].dtype) for name in names}
         expected = focus(after.run(given | nothing))
         for name in names:
-            error = made.pop(_error(name))
-            whole[name].update(focus(after.run(given | nothing | {_error(name): error})), expected)
+            error = made.pop(error_name(name))
+            whole[name].update(focus(after.run(given | nothing | {error_name(name): error})), expected)
             noise[name] += _energy(error)
-            signal[name] += float(made[_signal(name)])
+            signal[name] += float(made[signal_name(name)])
 
     for feeds in batches:
         add(feeds)
@@ -224,124 +235,3 @@ def _energy(error: NDArray[np.generic]) -> float:
     """The sum of squares, some at a time: doubles of a large activation take twice its memory again."""
     flat = error.reshape(-1)
     return sum(float(np.square(flat[i : i + AT_ONCE], dtype=np.float64).sum()) for i in range(0, flat.size, AT_ONCE))
-
-
-def _beside(model: ir.Model, lowered: ir.Model, segment: Sequence[ir.Node], live: Sequence[str]) -> ir.Model:
-    """The float graph and, beside each node of a segment, its copy on codes. Outputs: the copy's error, the node's energy, `live`."""
-    model = model.clone()
-    model.opset_imports.update(lowered.opset_imports)  # lowering raises it where the codes need that
-    model.ir_version = lowered.ir_version
-    graph = model.graph
-    plain, on_codes = _by_name(graph), _by_name(lowered.graph)
-    outputs = [plain[name] for name in live]
-    copies: dict[ir.Value, ir.Value] = {}
-    for node in segment:
-        name, output = node.name or "", node.outputs[0].name
-        quantized = _copy(graph, on_codes[output], plain, copies)
-        error = _append(graph, "Sub", [quantized, plain[output]], _error(name), plain[output])
-        energy = _append(graph, "ReduceSumSquare", [plain[output]], _signal(name), plain[output], keepdims=0)
-        energy.shape = ir.Shape([])
-        outputs += [error, energy]
-    graph.outputs[:] = outputs
-    remove_dead(model)
-    return model
-
-
-def _copy(
-    graph: ir.Graph, value: ir.Value, plain: Mapping[str | None, ir.Value], copies: dict[ir.Value, ir.Value]
-) -> ir.Value:
-    """Append what makes a value of the lowered graph to the float one; where it reads what both have, it reads the float one's."""
-    if value in copies:
-        return copies[value]
-    node = value.producer()
-    if node is None:
-        known = plain.get(value.name)
-        if known is not None and known.const_value is value.const_value:
-            return known
-        copies[value] = ir.Value(
-            name=_on_codes(value), type=value.type, shape=value.shape, const_value=value.const_value
-        )
-        graph.register_initializer(copies[value])
-        return copies[value]
-    inputs = [
-        each if each is None
-        else plain[each.name] if each.producer() is not None and each.name in plain
-        else _copy(graph, each, plain, copies)
-        for each in node.inputs
-    ]  # fmt: skip
-    copied = ir.node(node.op_type, inputs, dict(node.attributes), num_outputs=len(node.outputs), name=_on_codes(value))
-    graph.append(copied)
-    for old, new in zip(node.outputs, copied.outputs, strict=True):
-        copy_type(new, old)
-        new.name, copies[old] = _on_codes(old), new
-    return copies[value]
-
-
-def _rest(model: ir.Model, names: Sequence[str]) -> tuple[ir.Model, list[str]]:
-    """The float graph from the first of some nodes on, and the values before it that it reads, which are inputs now.
-
-    Each named node has something added to its output: an input of any shape.
-    """
-    model = model.clone()
-    graph = model.graph
-    nodes = list(graph)
-    start = next(index for index, node in enumerate(nodes) if node.name in names)
-    inside, live = set(nodes[start:]), dict[ir.Value, ir.Value]()
-    for node in nodes[start:]:
-        for index, value in enumerate(node.inputs):
-            if value is None or value.producer() is None or value.producer() in inside:
-                continue
-            if value not in live:
-                live[value] = ir.Value(name=_fed(value.name or ""), type=value.type, shape=value.shape)
-                graph.inputs.append(live[value])
-            node.replace_input_with(index, live[value])
-    graph.outputs[:] = [value for value in graph.outputs if value.producer() in inside]
-    for node in nodes[start:]:
-        if node.name in names:
-            _add_error(graph, node)
-    remove_dead(model)
-    return model, [value.name or "" for value in live]
-
-
-def _add_error(graph: ir.Graph, node: ir.Node) -> None:
-    output = node.outputs[0]
-    error = ir.Value(name=_error(node.name or ""), type=output.type or ir.TensorType(ir.DataType.FLOAT))
-    graph.inputs.append(error)
-    add = ir.node("Add", [output, error], name=f"{node.name}/with error")
-    copy_type(add.outputs[0], output)
-    graph.insert_after(node, add)
-    for use in list(output.uses()):
-        if use.node is not add:
-            use.node.replace_input_with(use.idx, add.outputs[0])
-    if output in graph.outputs:
-        name, output.name = output.name, f"{output.name}/without error"
-        add.outputs[0].name = name
-        graph.outputs[graph.outputs.index(output)] = add.outputs[0]
-    else:
-        add.outputs[0].name = f"{output.name}/with error"
-
-
-def _append(
-    graph: ir.Graph, op_type: str, inputs: Sequence[ir.Value], name: str, like: ir.Value, **attributes: int
-) -> ir.Value:
-    node = ir.node(op_type, inputs, attributes, name=name)
-    copy_type(node.outputs[0], like)
-    node.outputs[0].name = name
-    graph.append(node)
-    return node.outputs[0]
-
-
-def _on_codes(value: ir.Value) -> str:
-    return f"{value.name}/on codes"
-
-
-def _error(name: str) -> str:
-    return f"{name}/error"
-
-
-def _signal(name: str) -> str:
-    return f"{name}/signal"
-
-
-def _fed(name: str) -> str:
-    return f"{name}/fed"

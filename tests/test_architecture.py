@@ -26,6 +26,7 @@ LEVELS = (
     "worker records",
     "pictures",
     "measure metric proof report",
+    "beside",
     "sensitivity tuning proxy latency_table",
     "lift search",
     "pipelines",

@@ -40,7 +40,9 @@ MOST_LOST = 2.0
 FLOOR, FLOOR_DB = 0.98, 20.0
 """The share of decisions that must be kept; where outputs hold no decision, the least SQNR of the worst of them (dB)."""
 AIM = 0.99
-"""The share that layers are lifted for, once any are: a set that was chosen on some samples keeps less on others."""
+"""The share that layers are lifted for: what holds on some samples keeps less on others. Where the floor holds with no layer in float,
+no more than `FEW_LAYERS` are lifted for it."""
+FEW_LAYERS = 2
 BUDGET_S = 120.0
 """For looking for layers to leave in float that nobody asked for."""
 RANKED_BY = 8
@@ -60,6 +62,7 @@ class Decision:
         floor: the least that is good enough.
         floor_text: the floor as `--max-drop` would say it, in points that are lost.
         aim: what layers are lifted for, the same way; at least the floor.
+        aimed: the same as a number like the floor.
         samples: how many decide.
         decisions: how many these make; several of each where they are boxes.
         float_metric: of the float model, where a metric decides.
@@ -70,6 +73,7 @@ class Decision:
     floor: float
     floor_text: str
     aim: str
+    aimed: float
     samples: int
     float_metric: Metric | None = None
     decisions: int = 0
@@ -107,12 +111,12 @@ def open_decision(graph: ir.Model, samples: BoundData, kind: str = AUTO) -> Deci
         floor, aim = (f"{100 * (1 - share):g}" for share in (FLOOR, AIM))
         floats = [{name: batch[name] for name in proxy.outputs} for batch in floats]  # the others may be large
         evaluate, decisions = open_proxy(proxy, feeds, floats), count_decisions(proxy, floats)
-        return Decision(proxy, evaluate, FLOOR, floor, aim, count, decisions=decisions)
+        return Decision(proxy, evaluate, FLOOR, floor, aim, AIM, count, decisions=decisions)
     if not any(array.dtype.kind == "f" for array in floats[0].values()):
         return None
     judge = judge_outputs(graph, feeds, cosine=False)
     lost = f"{LARGEST_DB - FLOOR_DB:g}"
-    return Decision(None, lambda run: Metric(name=SQNR, value=judge(run)), FLOOR_DB, lost, lost, count)
+    return Decision(None, lambda run: Metric(name=SQNR, value=judge(run)), FLOOR_DB, lost, lost, FLOOR_DB, count)
 
 
 def metric_decision(graph: ir.Model, metric: Evaluate, samples: int, *, lift: bool) -> Decision:
@@ -126,7 +130,7 @@ def metric_decision(graph: ir.Model, metric: Evaluate, samples: int, *, lift: bo
     """
     found = metric(Session(graph, optimize=True).run)
     floor = Floor("points", MOST_LOST).needed(found.value) if lift else -math.inf
-    return Decision(None, metric, floor, f"{MOST_LOST:g}", f"{MOST_LOST:g}", samples, found)
+    return Decision(None, metric, floor, f"{MOST_LOST:g}", f"{MOST_LOST:g}", floor, samples, found)
 
 
 def bound(samples: Arrays, graph: ir.Model) -> BoundData:
@@ -144,7 +148,10 @@ def settle(
     out: Path,
     on_progress: Progress,
 ) -> tuple[ir.Model, Lifted | None, ProxyRecord | None]:
-    """Leave layers in float until the simulated model decides as float does; not where that was done for another goal (`lifted`)."""
+    """Leave layers in float until the simulated model decides as float does; not where that was done for another goal (`lifted`).
+
+    A few of them, too, where it decides so well enough, but by a hair.
+    """
     if decision is None:
         return graph, lifted, None
     on_progress("evaluate" if decision.float_metric else "compare decisions with float", 0, None)
@@ -155,16 +162,20 @@ def settle(
         if decision.float_metric is not None:
             raise
         return graph, lifted, None
-    if lifted is None and before < decision.floor:
+    if lifted is None and before < decision.aimed:
         samples = _affordable(graph, rules, (time.monotonic() - begin) / decision.samples, budget_s)
         seen = _with_numbers(graph)
         found = explain(seen, rules, calibrating, on_progress, samples=samples, focus=decision.focus) if seen else ()
         if found:
             left = max(budget_s - (time.monotonic() - begin), budget_s / 4)
             goal = make_goal(decision.floor_text, left, out, has_metric=True, aim=decision.aim)
+            most = None if before < decision.floor else FEW_LAYERS
             known = decision.known(before)
-            graph, lifted = meet(graph, rules, goal, found, calibrating, decision.evaluate, on_progress, known=known)
+            graph, lifted = meet(
+                graph, rules, goal, found, calibrating, decision.evaluate, on_progress, known=known, most=most
+            )
             after = lifted.after if known else decision.judge(graph, rules)
+            lifted = lifted if lifted.lifted or most is None else None
     return graph, lifted, _record(decision, before, after)
 
 

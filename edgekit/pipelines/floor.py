@@ -26,7 +26,7 @@ from edgekit.pipelines.quantize import Calibrating
 from edgekit.pipelines.split import BATCH_SIZE, feeds_of
 from edgekit.progress import Progress
 from edgekit.records import LayerSensitivity, Metric, read_record
-from edgekit.sensitivity import Arrays, rank, sensitivity
+from edgekit.sensitivity import Arrays, how_many_hurt, rank, sensitivity
 from edgekit.target import Target
 from edgekit.trials import Lifted, LiftState
 from edgekit.words import some
@@ -130,8 +130,9 @@ def meet(
     on_progress: Progress,
     *,
     known: Known | None = None,
+    most: int | None = None,
 ) -> tuple[ir.Model, Lifted]:
-    """The `graph` with the layers left in float that `goal` takes, and the search's record.
+    """The `graph` with the layers left in float that `goal` takes, `most` of the worst of them at most, and the search's record.
 
     What was tried is written down after each trial, and forgotten when the search is over.
     """
@@ -145,7 +146,8 @@ def meet(
         rules,
         _feeds(graph, batches),
         floor,
-        ranking=rank(found),
+        ranking=rank(found)[:most],
+        first=how_many_hurt(found),
         aim=parse_floor(goal.aim),
         metric=metric,
         known=known,
@@ -187,7 +189,8 @@ def lift_notes(lifted: Lifted | None, decision: str = "") -> Iterator[str]:
     if lifted is None:
         return
     subject = f"{decision} at least {lifted.needed:.4g}" if decision else f"the floor {lifted.floor}"
-    outcome = "is met" if lifted.met else "is not met"
+    hair = lifted.before >= lifted.needed and bool(lifted.lifted)
+    outcome = "is met by more than a hair" if hair else "is met" if lifted.met else "is not met"
     kept = f"with {some(lifted.lifted)} in float" if lifted.lifted else "with everything in int8"
     more = "" if lifted.finished else "; time was up before the search was over: run the same again to go on"
     numbers = f"{lifted.before:.4g} before, {lifted.after:.4g} now, {lifted.needed:.4g} needed"
