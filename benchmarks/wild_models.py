@@ -72,7 +72,9 @@ MODELS = (
     WildModel(
         "nudenet 320n", "YOLOv8 detector", "nudenet", "320n.onnx", lambda n, s: {"images": _images(photos(n, 320, 320, s, PEOPLE))}, 320
     ),
-    WildModel("magika", "file types", "magika", "models/standard_v3_3/model.onnx", lambda n, s: {"bytes": file_bytes(n, 2048, s)}),
+    WildModel(
+        "magika", "file types", "magika", "models/standard_v3_3/model.onnx", lambda n, s: {"bytes": file_bytes(n, 2048, s)}, 512
+    ),
     WildModel(
         "ddddocr common", "captcha text", "ddddocr", "common.onnx",
         lambda n, s: {"input1": _images(captchas(n, 64, 160, s))[:, :1]},
