@@ -73,11 +73,19 @@ class Finetuned(Table):
     @property
     def told(self) -> str:
         """What it did, in one sentence."""
+        return self._told(f" in {self.seconds:.0f} s")
+
+    @property
+    def repeatable(self) -> str:
+        """The same without the time, which is another one when it runs again: for files that are not."""
+        return self._told("")
+
+    def _told(self, time: str) -> str:
         samples = f" on {self.samples:,} samples" if self.samples is not None else ""
         again = f" (from step {self.resumed_from} on)" if self.resumed_from else ""
         best = f", the weights of step {self.kept_step}" if self.kept_step != self.steps else ""
         text = (
-            f"{self.summary}{samples}, from {self.learned_from}: {self.steps} steps{again} in {self.seconds:.0f} s{best}; "
+            f"{self.summary}{samples}, from {self.learned_from}: {self.steps} steps{again}{time}{best}; "
             f"loss {self.first_loss:.4g}, then {self.last_loss:.4g}"
         )
         if self.before is None or self.start is None or self.after is None:

@@ -177,7 +177,7 @@ def _metrics(before: float | None, trained: list[Finetuned], cut: float | None) 
         "before": before,
         "cut": trained[0].before,
         "after": trained[-1].after,
-        "recovered": trained[-1].told,
+        "recovered": trained[-1].repeatable,
     }
 
 
