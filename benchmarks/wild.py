@@ -222,7 +222,7 @@ def cells(model: WildModel, row: Mapping[str, Any]) -> list[str]:
         about = f"float, as the runtime computes them wrongly: {', '.join(row['kept_float'])}"
     if row["on"] == "compress" and "lifted" in row:
         about = (
-            f"{row['proxy']}; {row['lifted']} of {row['layers']} layers lifted; peak {row['peak_gb']:.2f} GB. {about}"
+            f"{row['proxy']}; {row['lifted']} nodes in float, {row['layers']} layers; peak {row['peak_gb']:.2f} GB. {about}"
         )
     return [
         model.name, row["by"], row["on"],
