@@ -221,9 +221,7 @@ def cells(model: WildModel, row: Mapping[str, Any]) -> list[str]:
     if row.get("kept_float"):
         about = f"float, as the runtime computes them wrongly: {', '.join(row['kept_float'])}"
     if row["on"] == "compress" and "lifted" in row:
-        about = (
-            f"{row['proxy']}; {row['lifted']} nodes in float, {row['layers']} layers; peak {row['peak_gb']:.2f} GB. {about}"
-        )
+        about = f"{row['proxy']}; {row['lifted']} nodes in float, {row['layers']} layers; peak {row['peak_gb']:.2f} GB. {about}"
     return [
         model.name, row["by"], row["on"],
         "" if kept is None else f"{100 * kept:.1f} %",
