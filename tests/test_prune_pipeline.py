@@ -547,7 +547,7 @@ def test_another_choice_may_be_tried_into_the_same_folder(tmp_path: Path) -> Non
         assert done.pruned.summary == plan.summary
         assert "from step" not in done.pruned.recovered
     _, done = tuned(tmp_path / "out", fresh(), RATIO, Finetune(schedule=SHORT.model_copy(update={"steps": 5})))
-    assert ": 5 steps in" in done.pruned.recovered
+    assert ": 5 steps;" in done.pruned.recovered
 
 
 def test_features_teach_what_was_cut(learned: nn.Module, tmp_path: Path) -> None:
