@@ -91,9 +91,9 @@ def _segments(sites: Sequence[Site], sizes: Mapping[str, int]) -> Iterator[list[
     """Nodes in order, cut into `SEGMENTS`, or into more where the errors of so many are too large to hold."""
     size = max(1, -(-len(sites) // SEGMENTS))
     for start in range(0, len(sites), size):
-        by_name = {site.value.name or "": site for site in sites[start : start + size]}
-        for part in in_parts(by_name, lambda name: sizes.get(name, 0), WATCHED_BYTES):
-            yield [by_name[name] for name in part]
+        some = {site.value.name or "": site for site in sites[start : start + size]}
+        for part in in_parts(some, lambda name: sizes.get(name, 0), WATCHED_BYTES):
+            yield [some[name] for name in part]
 
 
 def rank(found: Sequence[LayerSensitivity]) -> list[str]:

@@ -158,6 +158,9 @@ def offset_classifier(offset: float) -> ir.Model:
     net = Net(seed=3)
     x = net.conv_relu(net.input("x", ["n", 3, 16, 16]), "stem", 3, 8)
     scores = net.gemm(net.op("Flatten", [x]), "scores", 8 * 16 * 16, 4)
+    large = net.op("Mul", [scores, net.constant("gain", np.float32(1e5))])  # is float32 in any case, which is told
+    large = net.op("LeakyRelu", [large], "large", alpha=0.5)
+    scores = net.op("Mul", [large, net.constant("loss", np.float32(1e-5))])
     shifted = net.op("Add", [scores, net.constant("offset", np.float32(offset))])
     model = net.model(net.op("Softmax", [shifted], "classes", axis=-1))
     poked(model, "scores.weight", lambda array: np.subtract(array, array.mean(1, keepdims=True), out=array))
@@ -183,6 +186,7 @@ def test_floats_are_float32_where_float16_loses_decisions(
     told = [note for note in result.manifest.notes if note.startswith("in float32 what is not int8")]
     assert result.manifest.target_rules.runtime.float_dtype == dtype
     assert len(told) == (dtype == "float32")
+    assert any("leave float16's range" in note for note in result.manifest.notes) == (dtype == "float16")
     lowered = ir.load(result.folder / "model.onnx")
     types = {value.dtype for node in lowered.graph for value in node.outputs}
     assert (ir.DataType.FLOAT16 in types) == (dtype == "float16")

@@ -326,7 +326,7 @@ def _notes(job: Job, candidate: Candidate, kept: tuple[str, ...]) -> list[str]:
         notes.append(
             "checked with weights of 7 bits in place of 8, whose products this machine's CPU saturates; the metric is simulated"
         )
-    wide = wide_names(job.model)
+    wide = wide_names(job.model) if job.target.runtime.float_dtype == "float16" else ()
     if wide:
         notes.append(f"in float32 around tensors that leave float16's range: {some(wide)}")
     if kept:
