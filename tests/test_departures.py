@@ -9,6 +9,7 @@ import pytest
 
 import edgekit
 from edgekit.departure import departure, share
+from networks import needs_vnni
 from test_qat import trained
 
 
@@ -30,6 +31,7 @@ def test_the_share_is_of_all_codes() -> None:
     assert share(()) == 0
 
 
+@needs_vnni
 @pytest.mark.parametrize("name", ["residual", "transformer"])
 def test_a_trained_model_is_compared_layer_by_layer(name: str, tmp_path: Path) -> None:
     graph, data = trained(name, "portable")

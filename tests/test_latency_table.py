@@ -16,9 +16,9 @@ from edgekit.errors import BackendError
 from edgekit.latency_table import Effort, LatencyTable, cache_folder, time_layers
 from edgekit.layer_shape import LayerShape, layer_shapes
 from edgekit.target import Target, load_target
-from networks import Net
+from networks import Net, local_target
 
-TARGET = load_target("x86-onnxruntime")
+TARGET = local_target("x86-onnxruntime")
 QUICK = Effort(rounds=2, seconds=0.01)
 FULL = {"a": ((8,), (4, 8)), "b": ((4, 8), (8,))}
 

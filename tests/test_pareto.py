@@ -9,6 +9,7 @@ import pytest
 
 from conftest import Cli
 from edgekit.pipelines.pareto import Pareto, Point
+from networks import needs_vnni
 from tiny_onnx import tiny_samples
 
 
@@ -29,6 +30,7 @@ def test_what_another_point_beats_in_both_is_not_on_the_front() -> None:
     assert found.front("b") == (other,)
 
 
+@needs_vnni
 def test_each_ratio_is_compressed_exported_and_measured(
     tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
