@@ -12,7 +12,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekit.graph.run import ORT_ERRORS, first_line
+from edgekit.graph.refusals import ORT_ERRORS, first_line
 
 Array = NDArray[Any]
 

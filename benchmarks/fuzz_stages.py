@@ -24,11 +24,12 @@ from edgekit.graph.annotations import all_values, annotated_values, describe, ge
 from edgekit.graph.io import load_annotated, load_onnx, save_annotated
 from edgekit.graph.magnitudes import mark_wide
 from edgekit.graph.operators import LINEAR, is_constant, roles
-from edgekit.graph.run import Session, first_line
+from edgekit.graph.refusals import first_line
+from edgekit.graph.run import Session
+from edgekit.lowering.cpu import cpu_saturates, with_reduced_range
 from edgekit.lowering.integer import lower_integer
 from edgekit.lowering.qdq import lower_qdq
 from edgekit.lowering.qoperator import lower_qoperator
-from edgekit.lowering.saturation import cpu_saturates, with_reduced_range
 from edgekit.lowering.weight_only import check_format
 from edgekit.method import CALIBRATORS, EASYQUANT
 from edgekit.passes.assign_specs import assign_specs

@@ -28,8 +28,9 @@ from onnx.backend.test.loader import DATA_DIR, load_model_tests
 
 import edgekit
 from edgekit.errors import EdgekitError
-from edgekit.graph.run import ORT_ERRORS, Session, first_line
-from edgekit.lowering.saturation import cpu_saturates
+from edgekit.graph.refusals import ORT_ERRORS, first_line
+from edgekit.graph.run import Session
+from edgekit.lowering.cpu import cpu_saturates
 
 Array = NDArray[Any]
 

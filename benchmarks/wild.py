@@ -26,7 +26,7 @@ from edgekit.errors import EdgekitError
 from edgekit.graph.float16 import rounded_steps
 from edgekit.graph.io import load_onnx
 from edgekit.graph.run import Session
-from edgekit.lowering.saturation import cpu_saturates
+from edgekit.lowering.cpu import cpu_saturates
 from edgekit.measure import Candidate, measure, ratio
 from edgekit.metric import Evaluate
 from edgekit.pipelines.sources import input_specs

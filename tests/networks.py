@@ -17,8 +17,8 @@ from edgekit.data import Batch
 from edgekit.graph.annotations import annotated_values, get_params, set_params
 from edgekit.graph.io import save_onnx
 from edgekit.graph.run import Session
+from edgekit.lowering.cpu import cpu_saturates, with_reduced_range
 from edgekit.lowering.qdq import lower_qdq
-from edgekit.lowering.saturation import cpu_saturates, with_reduced_range
 from edgekit.method import Method
 from edgekit.passes.assign_specs import assign_specs
 from edgekit.passes.simplify import simplify

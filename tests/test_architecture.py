@@ -146,3 +146,13 @@ def test_importing_edgekit_imports_nothing_else() -> None:
     heavy = {"click", "numpy", "onnx", "onnx_ir", "onnxruntime", "pydantic", "rich", "torch"}
     assert "edgekit" in done.stdout.split()
     assert not heavy & set(done.stdout.split())
+
+
+def test_a_worker_starts_without_the_ir() -> None:
+    """Each artifact is loaded by a process of its own: what is not for running graphs would cost half of its start."""
+    loading = "edgekit.worker, edgekit_onnxruntime.session, edgekit_openvino.compiled, edgekit_tensorrt.engine"
+    backends = ", ".join(f"{converter}.backend" for converter in CONVERTERS)
+    code = f"import sys, {loading}, {backends}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "edgekit_openvino.compiled" in done.stdout.split()
+    assert not {"onnx", "onnx_ir", "torch", "rich"} & set(done.stdout.split())

@@ -23,7 +23,7 @@ from edgekit.graph.io import load_onnx
 from edgekit.graph.operators import layers
 from edgekit.latency_table import Effort, LatencyTable, time_layers
 from edgekit.layer_shape import LayerShape
-from edgekit.lowering import saturation
+from edgekit.lowering import cpu
 from edgekit.measure import Candidate, Comparison, Ratio, Timing
 from edgekit.method import Method
 from edgekit.pipelines import prune_timing
@@ -127,7 +127,7 @@ WHOLE_MS = REST_MS + MS_PER_MAC * (64 * 9 * 64 + 64 * 576 * 64 + 256)
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(saturation, "cpu_saturates", lambda: False)  # this clock is right on any CPU
+    monkeypatch.setattr(cpu, "cpu_saturates", lambda: False)  # this clock is right on any CPU
     monkeypatch.setattr(prune_timing, "measure", made.measure)
     monkeypatch.setattr(prune_timing, "time_layers", made.table)
     return made

@@ -12,9 +12,10 @@ import edgekit
 from conftest import TinyFiles
 from edgekit.graph.annotations import set_params
 from edgekit.graph.io import load_onnx
-from edgekit.lowering import saturation
+from edgekit.lowering import cpu
+from edgekit.lowering.cpu import cpu_saturates, saturates_here, with_reduced_range
 from edgekit.lowering.qdq import lower_qdq
-from edgekit.lowering.saturation import cpu_saturates, saturates_here, saturation_warnings, with_reduced_range
+from edgekit.lowering.saturation import saturation_warnings
 from edgekit.proof import moved_by
 from edgekit.target import load_target
 from networks import annotate, get_params_of, residual_net, samples, simulate, worst
@@ -31,7 +32,7 @@ def weight_codes(model: object) -> list[np.ndarray]:
 @pytest.fixture
 def old_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cpuinfo").write_text(OLD, encoding="utf-8")
-    monkeypatch.setattr(saturation, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "cpuinfo")
 
 
 @pytest.mark.parametrize("target", ["x86-onnxruntime", "x86-openvino", "arm-onnxruntime"])
@@ -64,9 +65,9 @@ def test_trained_weights_keep_their_grid() -> None:
 )
 def test_what_linux_says_of_the_cpu(text: str, found: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cpuinfo").write_text(f"processor : 0\n{text}", encoding="utf-8")
-    monkeypatch.setattr(saturation, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "cpuinfo")
     assert cpu_saturates() is found
-    monkeypatch.setattr(saturation, "CPUINFO", tmp_path / "absent")
+    monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "absent")
     assert cpu_saturates() is False
 
 

@@ -7,15 +7,15 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING
 
 from edgekit.backend import Artifact, Availability, CompiledModel, KernelRecord
 from edgekit.errors import BackendError
-from edgekit.lowering.qdq import lower_qdq
-from edgekit.lowering.saturation import SATURATES, SATURATES_REMEDY, saturates_here, saturation_warnings
+from edgekit.lowering.cpu import SATURATES, SATURATES_REMEDY, saturates_here
 from edgekit.target import Target
-from edgekit_onnxruntime.attention import fuse_transformer
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 _MACHINES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
 
@@ -46,11 +46,16 @@ class OnnxRuntimeBackend:
 
         These are for the format `qdq` alone: the other formats start from Quantize/DequantizeLinear.
         """
+        from edgekit.lowering.qdq import lower_qdq
+        from edgekit_onnxruntime.attention import fuse_transformer
+
         lowered = lower_qdq(model, target, keep_float=keep_float)
         return fuse_transformer(lowered) if target.graph.format == "qdq" else lowered
 
     def check(self, model: ir.Model, target: Target) -> list[str]:
         """Weights that saturate on CPUs without VNNI. What ONNX Runtime does not take at all, it says itself."""
+        from edgekit.lowering.saturation import saturation_warnings
+
         return saturation_warnings(model, target)
 
     def convert(self, model: Path, target: Target, out: Path, *, precision: str) -> Artifact:

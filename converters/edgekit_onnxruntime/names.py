@@ -6,8 +6,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import onnx_ir as ir
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 _COPY = re.compile(r"_token_\d+$")
 """A node that stands for another, or a new one: `conv_token_4`, `Transpose_token_7`."""
@@ -58,6 +60,8 @@ def read_names(path: Path) -> NodeNames:
     """The names of an ONNX file's nodes; nothing for an `.ort` file."""
     if path.suffix != ".onnx":
         return NodeNames()
+    import onnx_ir as ir
+
     nodes = list(ir.load(path).graph)
     return NodeNames(
         {node.name: node for node in nodes if node.name},

@@ -12,7 +12,7 @@ import onnxruntime as ort
 
 from edgekit.backend import Artifact, Feeds, KernelRecord, Outputs
 from edgekit.errors import BackendError
-from edgekit.graph.run import ORT_ERRORS
+from edgekit.graph.refusals import ORT_ERRORS
 from edgekit.target import Target
 from edgekit_onnxruntime.names import NodeNames, read_names
 

@@ -7,17 +7,15 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING
 
 from edgekit.backend import Artifact, Availability, CompiledModel, KernelRecord
 from edgekit.errors import BackendError
-from edgekit.graph.annotations import DTYPES
-from edgekit.lowering.qdq import lower_qdq
-from edgekit.lowering.saturation import SATURATES, SATURATES_REMEDY, saturates_here, saturation_warnings
+from edgekit.lowering.cpu import SATURATES, SATURATES_REMEDY, saturates_here
 from edgekit.target import Target
-from edgekit_openvino.bias import add_biases
-from edgekit_openvino.recurrent import widen_codes
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 _REMEDY = "pip install 'edgekit[openvino]'"
 
@@ -44,23 +42,17 @@ class OpenVinoBackend:
 
     def lower(self, model: ir.Model, target: Target, *, keep_float: frozenset[str]) -> ir.Model:
         """The Quantize/DequantizeLinear graph that OpenVINO reads as FakeQuantize and runs in int8."""
+        from edgekit.lowering.qdq import lower_qdq
+        from edgekit_openvino.bias import add_biases
+        from edgekit_openvino.recurrent import widen_codes
+
         return widen_codes(add_biases(lower_qdq(model, target, keep_float=keep_float)))
 
     def check(self, model: ir.Model, target: Target) -> list[str]:
-        """Graphs that OpenVINO accepts and computes wrongly, or silently runs in float.
+        """What it accepts and computes wrongly, or silently runs in float."""
+        from edgekit_openvino.rules import broken_rules
 
-        1. Pad between a DequantizeLinear and its reader, and Pad of codes with a number other than 0.
-        2. Weights with a zero point run in f32.
-        3. 16-bit grids are stripped, their clamp too.
-        4. Weights that saturate on CPUs without VNNI.
-        """
-        found = []
-        for node in model.graph:
-            if node.op_type == "Pad":
-                found += _pad_rules(node)
-            if node.op_type == "DequantizeLinear":
-                found += _grid_rules(node)
-        return found + saturation_warnings(model, target)
+        return broken_rules(model, target)
 
     def convert(self, model: Path, target: Target, out: Path, *, precision: str) -> Artifact:
         """OpenVINO IR: `.xml` for the graph, `.bin` for the weights.
@@ -70,7 +62,7 @@ class OpenVinoBackend:
         """
         if importlib.util.find_spec("openvino") is None:
             raise BackendError(f"openvino is not installed, so {model.name} cannot become OpenVINO IR; {_REMEDY}")
-        from edgekit_openvino.compiled import save_ir
+        from edgekit_openvino.save import save_ir
 
         path = out / f"{model.stem}.xml"
         empty = save_ir(model, path)
@@ -98,27 +90,3 @@ class OpenVinoBackend:
         if not artifact.path.is_file():
             raise BackendError(f"{artifact.path}: no such file; run `edgekit export` again")
         return OpenVinoModel(artifact, target, exact=exact)
-
-
-def _pad_rules(pad: ir.Node) -> list[str]:
-    source, filling = pad.inputs[0], pad.inputs[2] if len(pad.inputs) > 2 else None
-    producer = source.producer() if source is not None else None
-    if producer is not None and producer.op_type == "DequantizeLinear":
-        return [f"Pad {pad.name!r} reads a DequantizeLinear: OpenVINO pads codes with 0, not with the zero point"]
-    codes = source is not None and source.dtype in (DTYPES["int8"], DTYPES["uint8"])
-    if codes and filling is not None and filling.const_value is not None and filling.const_value.numpy().any():
-        return [f"Pad {pad.name!r} pads codes with a zero point other than 0: OpenVINO pads channels with 0"]
-    return []
-
-
-def _grid_rules(dequantize: ir.Node) -> list[str]:
-    codes, zero_point = dequantize.inputs[0], dequantize.inputs[2] if len(dequantize.inputs) > 2 else None
-    if codes is None or zero_point is None or zero_point.const_value is None:
-        return []
-    found = []
-    eight_bits = zero_point.const_value.dtype in (DTYPES["int8"], DTYPES["uint8"])
-    if codes.const_value is not None and eight_bits and zero_point.const_value.numpy().any():
-        found.append(f"weight {codes.name!r} has a zero point other than 0: OpenVINO runs its layer in f32")
-    if zero_point.const_value.dtype in (DTYPES["int16"], DTYPES["uint16"]):
-        found.append(f"{dequantize.name!r} is a 16-bit grid: OpenVINO drops it, its clamp too")
-    return found

@@ -1,17 +1,12 @@
-"""OpenVINO models: reading ONNX, saving IR, running it, and reading which kernels ran."""
+"""OpenVINO models: running them, and reading which kernels ran."""
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import openvino as ov
 
 from edgekit.backend import Artifact, Feeds, KernelRecord, Outputs
@@ -21,28 +16,6 @@ from edgekit_openvino import convert
 
 _PRECISIONS = {"i8": "int8", "u8": "int8", "f32": "f32", "bf16": "bf16", "f16": "f16", "i32": "int32", "i64": "int64"}
 _NO_KERNEL = ("Input", "Output", "Const", "Parameter", "Result", "Constant")
-
-
-def save_ir(model: Path, path: Path) -> tuple[str, ...]:
-    """Read an ONNX file and save it as OpenVINO IR, in a process of its own; the names of inputs that it drops: those of no numbers.
-
-    Raises:
-        BackendError: with OpenVINO's words, or that it crashed.
-    """
-    graph = ir.load(model).graph
-    producers = {value.name: value.producer() for value in graph.outputs}
-    names = json.dumps({name: node.name for name, node in producers.items() if node is not None and node.name})
-    command = [sys.executable, "-P", convert.__file__, str(model), str(path), names]
-    ended = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    if ended.returncode == convert.REFUSED:
-        raise BackendError(f"{model}: OpenVINO refuses the model: {ended.stdout.strip()}")
-    if ended.returncode:
-        last = " ".join(ended.stderr.strip().splitlines()[-3:]) or "it wrote nothing"
-        raise BackendError(
-            f"{model}: OpenVINO crashed while it read the model (exit code {ended.returncode}; its last words: {last}); try another version"
-        )
-    read = set(json.loads(ended.stdout.splitlines()[-1]))
-    return tuple(value.name for value in graph.inputs if value.name and value.name not in read)
 
 
 def has_bfloat16() -> bool:

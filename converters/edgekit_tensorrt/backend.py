@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import signal
-import subprocess
-import sys
-import tempfile
-from dataclasses import asdict
 from pathlib import Path
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING
 
 from edgekit.backend import Artifact, Availability, CompiledModel, KernelRecord
 from edgekit.errors import BackendError
-from edgekit.graph.io import load_onnx, save_onnx
-from edgekit.graph.sparsity import graph_sparsity
-from edgekit.lowering.half import to_float16
-from edgekit.lowering.qdq import lower_qdq
 from edgekit.target import Target
-from edgekit_tensorrt.build import Reply, Request
 from edgekit_tensorrt.kernels import from_build_log
 from edgekit_tensorrt.package import INSTALL, import_tensorrt, missing_gpu, version_of
-from edgekit_tensorrt.profile import input_ranges, sizes_of_samples
-from edgekit_tensorrt.rules import broken_rules
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 ENGINE, LAYERS = "model.engine", "model.layers.txt"
 
@@ -46,11 +35,16 @@ class TensorRtBackend:
 
     def lower(self, model: ir.Model, target: Target, *, keep_float: frozenset[str]) -> ir.Model:
         """Quantize/DequantizeLinear around float operators; what is not int8 in float16 where the target says so."""
+        from edgekit.lowering.half import to_float16
+        from edgekit.lowering.qdq import lower_qdq
+
         lowered = lower_qdq(model, target, keep_float=keep_float)
         return to_float16(lowered) if target.runtime.float_dtype == "float16" else lowered
 
     def check(self, model: ir.Model, target: Target) -> list[str]:
         """The documented rules that the parser lets pass."""
+        from edgekit_tensorrt.rules import broken_rules
+
         return broken_rules(model)
 
     def convert(self, model: Path, target: Target, out: Path, *, precision: str) -> Artifact:
@@ -64,36 +58,9 @@ class TensorRtBackend:
             raise BackendError(
                 f"TensorRT has no precision {precision!r}; it has int8, {', '.join(self.float_precisions(target))}"
             )
-        graph = load_onnx(model)
-        ranges = {
-            name: [list(shape) for shape in shapes]
-            for name, shapes in input_ranges(graph, target.runtime.options).items()
-        }
-        isa = list(target.device.isa) or ["current"]
-        with tempfile.TemporaryDirectory(prefix="edgekit-tensorrt-") as folder:
-            if precision == "f16":
-                half = Path(folder) / "model.onnx"
-                save_onnx(to_float16(graph), half)
-                model = half
-            request = Request(
-                str(model.absolute()),
-                str((out / ENGINE).absolute()),
-                isa,
-                ranges,
-                tf32=precision != "f32",
-                sparse=any(layer.two_four for layer in graph_sparsity(graph)),
-            )
-            reply = _in_child(request, Path(folder))
-        if reply.error:
-            raise BackendError(f"{reply.error} (target {target.name!r}, precision {precision})")
-        (out / LAYERS).write_text("".join(f"{line}\n" for line in reply.layers), encoding="utf-8")
-        return Artifact(
-            out / ENGINE,
-            (out / ENGINE,),
-            precision,
-            tuple(sizes_of_samples(graph, target.runtime.options)),
-            fixed_sizes=True,  # also where options give a range: what is tried here need not lie in it
-        )
+        from edgekit_tensorrt.convert import build_engine
+
+        return build_engine(model, target, out, precision)
 
     def float_precisions(self, target: Target) -> tuple[str, ...]:
         """Networks are strongly typed: both are builds of a file in that type."""
@@ -123,32 +90,3 @@ class TensorRtBackend:
         """The kernels as the builder planned them, known without a GPU; empty when the package did not tell."""
         table = artifact.path.with_name(LAYERS)
         return from_build_log(table.read_text(encoding="utf-8").splitlines()) if table.is_file() else []
-
-
-def _in_child(request: Request, folder: Path) -> Reply:
-    """Build in a process of its own.
-
-    Raises:
-        BackendError: it died without a reply; with the signal.
-    """
-    request_file, reply_file = folder / "request.json", folder / "reply.json"
-    request_file.write_text(json.dumps(asdict(request)), encoding="utf-8")
-    command = [sys.executable, "-m", "edgekit_tensorrt.build", str(request_file), str(reply_file)]
-    finished = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    if finished.returncode == 0 and reply_file.is_file():
-        return Reply(**json.loads(reply_file.read_text(encoding="utf-8")))
-    Path(request.engine).unlink(missing_ok=True)
-    last = "\n".join(finished.stderr.strip().splitlines()[-5:]) or "it wrote nothing"
-    raise BackendError(
-        f"TensorRT's builder crashed ({_death(finished.returncode)}) on {request.model}; its last words: {last}; "
-        "try another version of the package, or keep the layers it names in float"
-    )
-
-
-def _death(returncode: int) -> str:
-    if returncode >= 0:
-        return f"exit code {returncode}"
-    try:
-        return f"signal {signal.Signals(-returncode).name}"
-    except ValueError:
-        return f"signal {-returncode}"

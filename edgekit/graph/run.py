@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from edgekit.errors import GraphError
 from edgekit.graph.annotations import all_values
 from edgekit.graph.io import fits_protobuf, save_onnx, self_contained
+from edgekit.graph.refusals import ORT_ERRORS, first_line
 
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -93,30 +94,9 @@ def _open(model: ir.Model | Path, options: ort.SessionOptions) -> ort.InferenceS
         return ort.InferenceSession(str(path), options, providers=providers)
 
 
-_STATE = ort.capi.onnxruntime_pybind11_state
-ORT_ERRORS: tuple[type[Exception], ...] = (
-    _STATE.Fail,
-    _STATE.InvalidArgument,
-    _STATE.InvalidGraph,
-    _STATE.InvalidProtobuf,
-    _STATE.NoSuchFile,
-    _STATE.NotImplemented,
-    _STATE.RuntimeException,
-    _STATE.EPFail,
-)
-"""What ONNX Runtime raises when it refuses or fails to run a model."""
-
-
 def with_outputs(model: ir.Model, names: set[str]) -> ir.Model:
     """A copy whose values of these names are outputs too."""
     copy = model.clone()
     present = {value.name for value in copy.graph.outputs}
     copy.graph.outputs.extend(v for v in all_values(copy.graph) if v.name in names and v.name not in present)
     return copy
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, shortened to be read in a sentence."""
-    text = str(error).strip().splitlines()
-    line = text[0] if text else type(error).__name__
-    return line if len(line) <= 300 else line[:297] + "..."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -11,22 +10,11 @@ import onnx_ir as ir
 from edgekit.graph.annotations import annotated_values, get_params, set_params
 from edgekit.graph.operators import is_constant, roles
 from edgekit.graph.rules import ACTIVATIONS, RECURRENT
+from edgekit.lowering.cpu import VNNI
 from edgekit.target import Target
 
-VNNI = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
-"""Instruction sets that add these products in 32 bits."""
 SAFE_CODE = 64
 """2 * 255 * 64 is the largest sum of two products that fits into 16 bits: 7-bit weights never saturate."""
-
-SATURATES = (
-    "this machine's CPU has no VNNI, which the target's has: results are checked here with weights of 7 bits, "
-    "latency is not measured"
-)
-SATURATES_REMEDY = (
-    "run `edgekit benchmark` on a CPU with VNNI, or export for a target file of this CPU, with reduce_range = true in "
-    "[quantization]"
-)
-CPUINFO = Path("/proc/cpuinfo")
 
 
 def reduce_range(model: ir.Model) -> None:
@@ -48,29 +36,6 @@ def _meets_codes(node: ir.Node, weight: ir.Value) -> bool:
     parts = roles(node)
     multiplies = parts is not None and parts.weight is not None and node.inputs[parts.weight] is weight
     return multiplies and node.metadata_props.get(ACTIVATIONS) != "none"
-
-
-def saturates_here(target: Target) -> bool:
-    """Whether this machine's CPU saturates products of 8-bit weights that the device of `target`, an ARM CPU or one with VNNI, does not."""
-    device = target.device
-    exact = device.arch == "aarch64" or (device.arch == "x86_64" and bool(VNNI & set(device.isa)))
-    return exact and not target.quantization.reduce_range and cpu_saturates()
-
-
-def with_reduced_range(target: Target) -> Target:
-    """The same target for a CPU without VNNI."""
-    rules = target.quantization.model_copy(update={"reduce_range": True})
-    return target.model_copy(update={"quantization": rules})
-
-
-def cpu_saturates() -> bool:
-    """Whether this machine's CPU is an x86 one without VNNI, as far as Linux tells."""
-    try:
-        lines = CPUINFO.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return False
-    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), None)  # only on x86
-    return flags is not None and not VNNI & set(flags)
 
 
 def saturation_warnings(model: ir.Model, target: Target) -> list[str]:

@@ -21,7 +21,7 @@ from edgekit.graph.magnitudes import mark_wide, wide_names
 from edgekit.graph.rules import check_operators
 from edgekit.graph.sparsity import graph_sparsity
 from edgekit.lift import Floor
-from edgekit.lowering.saturation import saturates_here, with_reduced_range
+from edgekit.lowering.cpu import saturates_here, with_reduced_range
 from edgekit.metric import Evaluate, Runner, open_metric
 from edgekit.output import sha256, staged_folder, write_text
 from edgekit.pipelines.build import Candidate, Job
