@@ -30,6 +30,7 @@ import edgekit
 from edgekit.errors import EdgekitError
 from edgekit.graph.refusals import ORT_ERRORS, first_line
 from edgekit.graph.run import Session
+from edgekit.kept_workers import kept_workers
 from edgekit.lowering.cpu import cpu_saturates
 
 Array = NDArray[Any]
@@ -261,6 +262,7 @@ def _stored_arrays(folder: Path) -> list[Array]:
     return [onnx.numpy_helper.to_array(onnx.load_tensor(folder / f"input_{index}.pb")) for index in range(count)]
 
 
+@kept_workers()
 def main() -> None:
     """The child."""
     targets, names = [target for target in sys.argv[1].split(",") if target], sys.argv[2:]

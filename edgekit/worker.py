@@ -1,13 +1,11 @@
 """Runs an artifact in a child process of its own, because runtimes crash and their threads disturb each other.
 
-`Worker` is the parent's side; `python -m edgekit.worker` is the child's. They talk through the child's stdin and stdout.
+`Worker` is the parent's side; `edgekit.worker_process` is the child's. They talk through the child's stdin and stdout.
 A message is one line of JSON, followed by the bytes of the arrays that the line lists.
 """
 
 from __future__ import annotations
 
-import builtins
-import gc
 import json
 import math
 import os
@@ -16,20 +14,16 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from contextlib import suppress
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgekit import errors
-from edgekit.backend import Artifact, CompiledModel, Feeds, KernelRecord, Outputs, get_backend
-from edgekit.errors import BackendError, DataError, EdgekitError
+from edgekit.backend import Artifact, Feeds, KernelRecord, Outputs
+from edgekit.errors import BackendError, DataError
 from edgekit.target import Target
 
 Header = dict[str, Any]
@@ -72,27 +66,20 @@ class Worker:
             BackendError: the runtime is missing, refused the artifact, died or took too long.
         """
         # More threads than CPUs fight for them: a board's four on a desk's two run ten times slower than two.
-        threads = min(threads or target.runtime.threads, usable_cpus())
-        target = target.model_copy(update={"runtime": target.runtime.model_copy(update={"threads": threads})})
-        self._subject = f"{artifact.path.name} (backend {target.backend!r})"
+        self._threads = min(threads or target.runtime.threads, usable_cpus())
         self._timeout_s = timeout_s
+        self.load_ms = 0.0
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115, because close() closes it
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-u", "-m", "edgekit.worker"],
+            [sys.executable, "-P", "-u", "-m", "edgekit.worker_process"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            env=os.environ | dict.fromkeys(THREAD_VARIABLES, str(target.runtime.threads)),
+            env=os.environ | dict.fromkeys(THREAD_VARIABLES, str(self._threads)),
         )
         self.pid = self._process.pid
-        self._setting = {
-            "target": target.model_dump_json(),
-            "exact": exact,
-            "sys_path": [str(entry) for entry in sys.path],
-        }
-        self.load_ms = 0.0
         try:
-            self.load(artifact)
+            self.take(artifact, target, exact=exact)
         except BaseException:
             self.close()
             raise
@@ -104,6 +91,21 @@ class Worker:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def take(self, artifact: Artifact, target: Target, *, exact: bool) -> None:
+        """Load an artifact of a target with the same backend, with as many threads as at the start. Raises as `run` does."""
+        runtime = target.runtime.model_copy(update={"threads": self._threads})
+        self._subject = f"{artifact.path.name} (backend {target.backend!r})"
+        self._setting = {
+            "target": target.model_copy(update={"runtime": runtime}).model_dump_json(),
+            "exact": exact,
+            "sys_path": [str(entry) for entry in sys.path],
+        }
+        self.load(artifact)
+
+    def rest(self) -> None:
+        """Let go of the artifact and its memory; `take` loads the next."""
+        self._ask({"do": "rest"})
 
     def load(self, artifact: Artifact) -> None:
         """Load another artifact in the place of the one before. Raises as `run` does."""
@@ -256,119 +258,6 @@ def decode(stream: IO[bytes]) -> Message | None:
     return header, arrays
 
 
-def main() -> None:
-    """The child: answer requests until stdin ends; the first of them loads the artifact."""
-    requests, replies = _take_pipes()
-    model: CompiledModel | None = None
-    while (request := decode(requests)) is not None:
-        header, feeds = request
-        try:
-            if header["do"] == "load":
-                model, load_ms = _load(header)
-                reply = encode({"load_ms": load_ms}, {})
-            else:
-                assert model is not None, "the first request loads"
-                reply = encode(*_answer(model, header, feeds))
-        except EdgekitError as error:
-            kind = next(base.__name__ for base in type(error).__mro__ if base.__module__ == errors.__name__)
-            reply = encode({"error": kind, "text": str(error)}, {})
-        except Exception as error:  # the process boundary: a runtime may raise anything, and it has to reach the parent
-            reply = encode({"failure": f"{type(error).__name__}: {error}"}, {})
-        replies.write(reply)
-        replies.flush()
-    os._exit(0)  # there is nothing left to do: runtimes take a quarter of a second to end themselves, or crash at it
-
-
-def _take_pipes() -> tuple[IO[bytes], IO[bytes]]:
-    """The pipes to the parent, out of reach of a runtime that prints to stdout or reads stdin."""
-    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
-    os.dup2(2, 1)
-    return requests, replies
-
-
-def _load(header: Header) -> tuple[CompiledModel, float]:
-    sys.path[:] = header["sys_path"]
-    target = Target.model_validate_json(header["target"])
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, cpus_for(target.runtime.threads))
-    artifact = Artifact(Path(header["path"]), tuple(Path(file) for file in header["files"]), header["precision"])
-    backend = get_backend(target.backend)
-    with _import_clock() as import_ns:
-        start = time.perf_counter_ns()
-        model = backend.load(artifact, target, exact=header["exact"])
-        load_ns = time.perf_counter_ns() - start - import_ns()
-    return model, load_ns / 1e6
-
-
-@contextmanager
-def _import_clock() -> Iterator[Callable[[], int]]:
-    """Sums up the time that import statements take (ns): backends import their runtimes when they first need them."""
-    plain = builtins.__import__
-    spent, depth = 0, 0
-
-    def timed(
-        name: str,
-        globals: Mapping[str, object] | None = None,
-        locals: Mapping[str, object] | None = None,
-        fromlist: Sequence[str] | None = (),
-        level: int = 0,
-    ) -> ModuleType:
-        nonlocal spent, depth
-        start = time.perf_counter_ns()
-        depth += 1
-        try:
-            return plain(name, globals, locals, fromlist, level)
-        finally:
-            depth -= 1
-            if depth == 0:  # the outermost import holds those inside it
-                spent += time.perf_counter_ns() - start
-
-    builtins.__import__ = timed
-    try:
-        yield lambda: spent
-    finally:
-        builtins.__import__ = plain
-
-
-def _answer(model: CompiledModel, header: Header, feeds: Feeds) -> Message:
-    match header["do"]:
-        case "run":
-            return {}, model.run(feeds)
-        case "kernels":
-            return {"kernels": [asdict(record) for record in model.kernels(feeds)]}, {}
-        case "time":
-            infer = model.prepare(feeds)
-            for _ in range(header["warmup"]):
-                infer()
-            return {}, {"durations": _burst(infer, header["seconds"], header["iterations"])}
-        case "peak_rss":
-            return {"bytes": _peak_rss_bytes()}, {}
-        case unknown:
-            raise AssertionError(f"unknown request {unknown!r}")
-
-
-def _burst(infer: Callable[[], None], seconds: float | None, iterations: int | None) -> NDArray[np.int64]:
-    clock = time.perf_counter_ns
-    durations: list[int] = []
-    gc.collect()
-    gc.disable()
-    try:
-        deadline = math.inf if seconds is None else clock() + seconds * 1e9
-        while iterations is None or len(durations) < iterations:
-            start = clock()
-            infer()
-            end = clock()
-            durations.append(end - start)
-            if end >= deadline:
-                break
-    finally:
-        gc.enable()
-    return np.array(durations, np.int64)
-
-
 def usable_cpus() -> int:
     """How many CPUs this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -385,15 +274,3 @@ def cpus_for(threads: int) -> set[int]:
         return cpu != first, -int(capacity.read_text()) if capacity.is_file() else 0, cpu
 
     return set(sorted(os.sched_getaffinity(0), key=rank)[:threads])
-
-
-def _peak_rss_bytes() -> int:
-    """The high-water mark of this program's own memory; getrusage's survives exec, and so holds the parent's too."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if "VmHWM" in line), 0)
-
-
-if __name__ == "__main__":
-    main()

@@ -24,7 +24,7 @@ LEVELS = (
     "passes calibration lowering layer_shape",
     "training backend",
     "worker records",
-    "pictures",
+    "pictures worker_process kept_workers",
     "measure metric proof report",
     "beside",
     "sensitivity tuning proxy latency_table",
@@ -150,7 +150,7 @@ def test_importing_edgekit_imports_nothing_else() -> None:
 
 def test_a_worker_starts_without_the_ir() -> None:
     """Each artifact is loaded by a process of its own: what is not for running graphs would cost half of its start."""
-    loading = "edgekit.worker, edgekit_onnxruntime.session, edgekit_openvino.compiled, edgekit_tensorrt.engine"
+    loading = "edgekit.worker_process, edgekit_onnxruntime.session, edgekit_openvino.compiled, edgekit_tensorrt.engine"
     backends = ", ".join(f"{converter}.backend" for converter in CONVERTERS)
     code = f"import sys, {loading}, {backends}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -156,7 +156,7 @@ def test_cpus_are_chosen_among_those_allowed() -> None:
 
 @pytest.mark.skipif(not LINUX, reason="reads /proc")
 def test_neither_side_imports_torch(artifact: Artifact) -> None:
-    code = "import sys, edgekit.worker, edgekit.measure; sys.exit('torch' in sys.modules)"
+    code = "import sys, edgekit.worker_process, edgekit.measure; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     with Worker(artifact, numpy_target()) as worker:
         worker.run(FEEDS)

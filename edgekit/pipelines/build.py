@@ -18,6 +18,7 @@ from edgekit.graph.io import save_onnx
 from edgekit.graph.operators import layers
 from edgekit.graph.rules import quantized_nodes, recurrent
 from edgekit.graph.run import Session
+from edgekit.kept_workers import in_worker
 from edgekit.lowering.integer import lower_integer
 from edgekit.lowering.qdq import lower_qdq
 from edgekit.lowering.qoperator import lower_qoperator
@@ -150,13 +151,15 @@ def _compare(job: Job, ran: Sequence[Arrays] | None, simulated: Sequence[Arrays]
 
 
 def _run(job: Job, artifact: Artifact, batches: Sequence[Arrays]) -> tuple[Sequence[Arrays], Sequence[KernelRecord]]:
-    count = len(job.batches)
-    with Worker(artifact, job.target, exact=True) as worker:
+    def task(worker: Worker) -> tuple[Sequence[Arrays], Sequence[KernelRecord]]:
+        count = len(job.batches)
         ran = run_batches(worker.run, batches[:count])
         kernels = worker.kernels(batches[0])
         with suppress(BackendError):  # it may not take another size, which is told
             ran += run_batches(worker.run, batches[count:])
-    return ran, kernels
+        return ran, kernels
+
+    return in_worker(task, artifact, job.target, exact=True)
 
 
 def _run_stand_in(

@@ -13,11 +13,11 @@ from edgekit.errors import EdgekitError
 from edgekit.graph.annotations import annotated_values, get_params
 from edgekit.graph.io import save_onnx
 from edgekit.graph.run import Session, with_outputs
+from edgekit.kept_workers import in_worker
 from edgekit.lowering.qdq import lower_qdq
 from edgekit.pipelines.build import Job
 from edgekit.proof import Arrays, run_batches
 from edgekit.records import MODEL
-from edgekit.worker import Worker
 
 
 def departures(job: Job, keep_float: frozenset[str]) -> tuple[tuple[Departure, ...], str]:
@@ -59,8 +59,7 @@ def departures(job: Job, keep_float: frozenset[str]) -> tuple[tuple[Departure, .
 
 
 def _codes(artifact: Artifact, job: Job, *, exact: bool) -> list[Arrays]:
-    with Worker(artifact, job.target, exact=exact) as worker:
-        return run_batches(worker.run, job.batches)
+    return in_worker(lambda worker: run_batches(worker.run, job.batches), artifact, job.target, exact=exact)
 
 
 def _quantized(lowered: ir.Model) -> dict[str, tuple[str, str]]:

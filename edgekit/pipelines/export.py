@@ -20,6 +20,7 @@ from edgekit.graph.io import load_onnx
 from edgekit.graph.magnitudes import mark_wide, wide_names
 from edgekit.graph.rules import check_operators
 from edgekit.graph.sparsity import graph_sparsity
+from edgekit.kept_workers import kept_workers
 from edgekit.lift import Floor
 from edgekit.lowering.cpu import saturates_here, with_reduced_range
 from edgekit.metric import Evaluate, Runner, open_metric
@@ -60,6 +61,7 @@ class ExportResult:
     manifest: Manifest
 
 
+@kept_workers()
 def export(
     out: str | Path,
     targets: str | Sequence[str],

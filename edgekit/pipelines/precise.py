@@ -10,11 +10,11 @@ from edgekit.errors import BackendError
 from edgekit.graph.float16 import rounded_steps
 from edgekit.graph.io import load_onnx
 from edgekit.graph.run import Session
+from edgekit.kept_workers import in_worker
 from edgekit.metric import Evaluate
 from edgekit.pipelines.build import Candidate, Job, find_guilty, try_build
 from edgekit.progress import Progress
 from edgekit.records import MODEL, Metric
-from edgekit.worker import Worker
 
 MOST_REPAIRS = 8
 
@@ -104,5 +104,4 @@ def _measure_metric(job: Job, artifact: Artifact, metric: Evaluate | None) -> tu
     if not job.available.can_check or job.checked != job.target:
         # Not optimized: ONNX Runtime's own fusions fail on some graphs that were made for other runtimes.
         return metric(Session(rounded_steps(load_onnx(job.folder / MODEL)), optimize=False).run), "simulated"
-    with Worker(artifact, job.target, exact=False) as worker:
-        return metric(worker.run), "ran"
+    return in_worker(lambda worker: metric(worker.run), artifact, job.target, exact=False), "ran"
