@@ -44,7 +44,7 @@ from edgekit.pipelines.sources import (
     rewrite,
     synthetic_samples,
 )
-from edgekit.pipelines.split import Arrays, calibrating_samples, first_batch, held_back, save_arrays
+from edgekit.pipelines.split import Arrays, calibrating_samples, deciding, first_batch, held_back, save_arrays
 from edgekit.progress import Progress, silent
 from edgekit.proxy import AUTO, NONE
 from edgekit.pruning import Prune
@@ -266,7 +266,8 @@ def _decision(
         return None
     if metric is not None:
         return metric_decision(graph, metric, loaded.held, lift=proxy != NONE and not asked)
-    return open_decision(graph, bound(loaded.verifying, graph), proxy)
+    feeds = deciding(bound(loaded.verifying, graph), loaded.data, loaded.calibrating.stop, graph)
+    return open_decision(graph, feeds, proxy)
 
 
 def _looked_at(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgekit.data import BoundData, open_data
-from edgekit.errors import GraphError
+from edgekit.errors import GraphError, TargetError
 from edgekit.graph.operators import is_constant, is_float
 from edgekit.graph.rules import quantized_nodes
 from edgekit.graph.run import Session
@@ -24,13 +24,12 @@ from edgekit.metric import Evaluate
 from edgekit.pipelines.floor import explain, make_goal, meet
 from edgekit.pipelines.quantize import Calibrating
 from edgekit.pipelines.sources import input_specs
-from edgekit.pipelines.split import feeds_of
 from edgekit.pipelines.stored import Stored
 from edgekit.progress import Progress
 from edgekit.proxy import AUTO, NONE, Proxy, choose_proxy, count_decisions, in_focus, open_proxy
 from edgekit.records import Metric, ProxyRecord
 from edgekit.sensitivity import LARGEST_DB, SEGMENTS
-from edgekit.target import Target
+from edgekit.target import Target, load_target
 from edgekit.trials import Lifted
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -65,6 +64,7 @@ class Decision:
         aimed: the same as a number like the floor.
         samples: how many decide.
         decisions: how many these make; several of each where they are boxes.
+        flatters: by how much more of these the compressed model keeps than of all that it was judged by.
         float_metric: of the float model, where a metric decides.
     """
 
@@ -77,10 +77,16 @@ class Decision:
     samples: int
     float_metric: Metric | None = None
     decisions: int = 0
+    flatters: float = 0.0
 
     def focus(self, outputs: Arrays) -> Arrays:
         """What of the outputs the decision hangs on."""
         return outputs if self.proxy is None else in_focus(self.proxy, outputs)
+
+    def stricter(self) -> Decision:
+        """The same, of samples that `flatters` as it says: that much more of them has to be kept."""
+        floor, aimed = (min(1.0, share + self.flatters) for share in (self.floor, self.aimed))
+        return replace(self, floor=floor, aimed=aimed, floor_text=_points(floor), aim=_points(aimed))
 
     def known(self, before: float) -> Known | None:
         """What a search need not ask again; None of a user's metric, which may give another answer each time, and that is told."""
@@ -93,30 +99,40 @@ class Decision:
         return self.evaluate(Session(lower_qdq(graph, rules), optimize=True).run).value
 
 
-def open_decision(graph: ir.Model, samples: BoundData, kind: str = AUTO) -> Decision | None:
-    """The decision to judge by, on `samples` that did not calibrate; None where `kind` is "none" or no output is a number to compare.
+def open_decision(graph: ir.Model, feeds: Sequence[Arrays], kind: str = AUTO) -> Decision | None:
+    """The decision to judge by, on samples batch by batch; None where `kind` is "none" or no output is a number to compare.
 
     Raises:
         DataError: no such proxy, or no output suits it.
     """
     if kind == NONE:
         return None
-    feeds = feeds_of(samples, graph)
     session = Session(graph, optimize=True)
     floats = [session.run(batch) for batch in feeds]
     give_back()
     proxy = choose_proxy(floats, feeds, kind)
     count = sum(next((len(array) for array in batch.values() if array.ndim), 1) for batch in feeds)
     if proxy is not None:
-        floor, aim = (f"{100 * (1 - share):g}" for share in (FLOOR, AIM))
         floats = [{name: batch[name] for name in proxy.outputs} for batch in floats]  # the others may be large
         evaluate, decisions = open_proxy(proxy, feeds, floats), count_decisions(proxy, floats)
-        return Decision(proxy, evaluate, FLOOR, floor, aim, AIM, count, decisions=decisions)
+        return Decision(proxy, evaluate, FLOOR, _points(FLOOR), _points(AIM), AIM, count, decisions=decisions)
     if not any(array.dtype.kind == "f" for array in floats[0].values()):
         return None
     judge = judge_outputs(graph, feeds, cosine=False)
     lost = f"{LARGEST_DB - FLOOR_DB:g}"
     return Decision(None, lambda run: Metric(name=SQNR, value=judge(run)), FLOOR_DB, lost, lost, FLOOR_DB, count)
+
+
+def beside_all(decision: Decision | None, stored: Stored) -> Decision | None:
+    """A decision on held-back samples, beside what `compress` found on these and others."""
+    record = stored.record.proxy
+    if decision is None or decision.proxy is None or record is None:
+        return decision
+    try:
+        here = decision.judge(stored.model, load_target(stored.record.target))
+    except (GraphError, TargetError):  # of rules that are not here any more
+        return decision
+    return replace(decision, flatters=max(0.0, here - record.after))
 
 
 def metric_decision(graph: ir.Model, metric: Evaluate, samples: int, *, lift: bool) -> Decision:
@@ -191,12 +207,18 @@ def settle_target(
         return stored, None
     if record.lifted is not None and record.lifted.floor != decision.floor_text:
         return stored, None
+    decision = decision.stricter()
     count = len(next(iter(stored.held_back.batches(RANKED_BY))))
     samples = Calibrating(stored.held_back, max(count, RANKED_BY), on_progress)
     model, lifted, _ = settle(
         stored.model, target, decision, None, samples, None, stored.folder / target.name, on_progress
     )
     return replace(stored, model=model), lifted
+
+
+def _points(share: float) -> str:
+    """What may be lost, as `--max-drop` says it."""
+    return f"{100 * (1 - share):g}"
 
 
 def _with_numbers(graph: ir.Model) -> ir.Model | None:
@@ -248,7 +270,7 @@ def decision_notes(record: ProxyRecord | None) -> Iterator[str]:
     if record is not None and record.kind == "boxes" and record.decisions < FEW_BOXES:
         yield (
             f"{record.name} is judged by {record.decisions} boxes only, so that each counts {100 / max(record.decisions, 1):.1f} points: "
-            "--evaluate makes it surer, or more samples of --calibration, a quarter of which is held back (of large ones no more than 64)"
+            "--evaluate makes it surer, or more samples of --calibration"
         )
     if record is not None and record.after < record.floor:
         yield (

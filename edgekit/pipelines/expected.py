@@ -8,8 +8,9 @@ from itertools import chain
 
 from edgekit.graph.run import Session
 from edgekit.graph.sizes import samples_at_once
-from edgekit.pipelines.decision import Decision, open_decision
+from edgekit.pipelines.decision import Decision, beside_all, open_decision
 from edgekit.pipelines.resized import Resized, resize
+from edgekit.pipelines.split import feeds_of
 from edgekit.pipelines.stored import Stored, samples_of_size
 from edgekit.proof import Arrays, run_batches
 from edgekit.proxy import AUTO
@@ -44,7 +45,10 @@ class Expected:
 def what_is_expected(stored: Stored, *, judged: bool) -> Expected:
     """Run the float model on held-back samples; the compressed model's proxy judges where `judged`, else a metric does."""
     proxied = stored.record.proxy if judged else None
-    decision = open_decision(stored.model, stored.held_back, proxied.kind or AUTO) if proxied else None
+    decision = None
+    if proxied:
+        held = feeds_of(stored.held_back, stored.model)
+        decision = beside_all(open_decision(stored.model, held, proxied.kind or AUTO), stored)
     sizes = _batch_sizes(stored)
     batches = _batches(stored, sizes)
     session = Session(stored.model, optimize=False)

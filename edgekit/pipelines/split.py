@@ -21,6 +21,9 @@ MOST_HELD_BACK = 256
 """Where samples are small: a share of 0.98 is better told by many."""
 HELD_BACK_BYTES = 32 * 2**20
 """That so many may take."""
+MOST_DECIDING = 512
+DECIDING_BYTES = 128 * 2**20
+"""Of samples that decide whether a model is good enough."""
 BATCH_SIZE = 8
 AT_ONCE_BYTES = 1 << 20
 """Of samples that are run together where every activation of theirs may be held: a network's are a hundred times as large, or more."""
@@ -48,6 +51,22 @@ def feeds_of(data: BoundData, graph: ir.Model, start: int = 0, stop: int | None 
     size = sum(array.nbytes for array in first.feeds.values()) // max(1, len(first))
     together = samples_at_once(graph, first.feeds, max(1, min(BATCH_SIZE, AT_ONCE_BYTES // max(1, size))))
     return [batch.feeds for batch in data.batches(together, start, stop)]
+
+
+def deciding(held: BoundData, data: BoundData, calibrating: int, graph: ir.Model) -> list[Arrays]:
+    """What decides whether a quantized model is good enough: the samples held back, and some of the first `calibrating` ones of `data`.
+
+    Ranges are a few numbers chosen by many samples: they hardly flatter these. (A detector kept 0.971 of 290 boxes of both, 0.988 of
+    the 82 that were held back, and 0.962 of 855 others.)
+    """
+    feeds = feeds_of(held, graph)
+    if not feeds or next(data.batches(1, calibrating), None) is None:  # then those that are held back calibrated too
+        return feeds
+    count = sum(next((len(array) for array in batch.values() if array.ndim), 1) for batch in feeds)
+    size = max(1, sum(array.nbytes for batch in feeds for array in batch.values()) // count)
+    more = min(calibrating, MOST_DECIDING - count, DECIDING_BYTES // size - count)
+    more -= more % _at_a_time(data)
+    return feeds + feeds_of(data, graph, 0, more) if more > 0 else feeds
 
 
 def calibrating_samples(data: BoundData, wished: int) -> int:
