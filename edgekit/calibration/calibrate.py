@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgekit.calibration.layer_rows import LinearLayer, Rows, linear_layers, matrix, numbers, rows_key
+from edgekit.calibration.live import live
 from edgekit.calibration.observe import observe
 from edgekit.data import Batch
 from edgekit.errors import DataError
@@ -60,7 +61,8 @@ def calibrate(
     readers = _readers(model)
     for value, observer in observed.items():
         layers = [layer for layer in readers.get(value, []) if rows and rows_key(layer) in rows]
-        _choose(value, observer.histogram(), layers, rows or {}, _calibrator(value, layers, method))
+        seen = observer.histogram() if layers else live(value, observer.histogram(), model)
+        _choose(value, seen, layers, rows or {}, _calibrator(value, layers, method))
     return model
 
 

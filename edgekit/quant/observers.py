@@ -70,6 +70,17 @@ class Histogram:
         """The middle of each bin, `(N,)`."""
         return np.asarray(self.first_edge + (np.arange(self.counts.size) + 0.5) * self.width, np.float64)
 
+    def within(self, low: float, high: float) -> Histogram:
+        """The same with all values outside moved to the nearest end."""
+        low, high = max(low, self.min), min(high, self.max)
+        first, last = (min(int((end - self.first_edge) / self.width), self.counts.size - 1) for end in (low, high))
+        counts = np.zeros_like(self.counts)
+        counts[first : last + 1] = self.counts[first : last + 1]
+        counts[first] += self.counts[:first].sum()
+        counts[last] += self.counts[last + 1 :].sum()
+        averages = (min(max(average, low), high) for average in (self.average_min, self.average_max))
+        return Histogram(counts, self.first_edge, self.width, low, high, self.count, *averages)
+
 
 class MinMaxObserver:
     """Exact minimum and maximum; `inf` and `-inf` before the first value."""
