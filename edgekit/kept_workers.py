@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import TypeVar
 
 from edgekit.backend import Artifact
@@ -12,25 +13,25 @@ from edgekit.target import Target
 from edgekit.worker import Worker, usable_cpus
 
 Result = TypeVar("Result")
-Key = tuple[str, int]
-"""The backend, and the number of threads: neither can change in a process."""
+Key = tuple[str, int, str]
+"""The backend, the number of threads and the runtime's options: a process keeps some of what it was first told."""
 
-_kept: dict[Key, Worker] | None = None
+_kept: ContextVar[dict[Key, Worker] | None] = ContextVar("kept", default=None)
+"""Of this thread."""
 
 
 @contextmanager
 def kept_workers() -> Iterator[None]:
     """Inside this block a process that did a task of `in_worker` is kept for the next; the outermost block ends them all."""
-    global _kept
-    if _kept is not None:
+    if _kept.get() is not None:
         yield
         return
     kept: dict[Key, Worker] = {}
-    _kept = kept
+    token = _kept.set(kept)
     try:
         yield
     finally:
-        _kept = None
+        _kept.reset(token)
         for worker in kept.values():
             worker.close()
 
@@ -47,27 +48,31 @@ def in_worker(task: Callable[[Worker], Result], artifact: Artifact, target: Targ
     Raises:
         BackendError: the runtime is missing, refused the artifact, died or took too long.
     """
-    key = target.backend, min(target.runtime.threads, usable_cpus())
-    used = _kept.pop(key, None) if _kept else None
+    kept = _kept.get()
+    key = target.backend, min(target.runtime.threads, usable_cpus()), repr(sorted(target.runtime.options.items()))
+    used = kept.pop(key, None) if kept else None
     if used is not None:
 
         def loaded_and_done(worker: Worker) -> Result:
             worker.take(artifact, target, exact=exact)
-            return task(worker)
+            result = task(worker)
+            if worker.failed:  # and the task made do with that
+                raise BackendError("a call failed")
+            return result
 
         with suppress(BackendError):
-            return _done(loaded_and_done, used, key)
-    return _done(task, Worker(artifact, target, exact=exact), key)
+            return _done(loaded_and_done, used, kept, key)
+    return _done(task, Worker(artifact, target, exact=exact), kept, key)
 
 
-def _done(task: Callable[[Worker], Result], worker: Worker, key: Key) -> Result:
-    """Do the task, and keep the worker where there is use for it."""
+def _done(task: Callable[[Worker], Result], worker: Worker, kept: dict[Key, Worker] | None, key: Key) -> Result:
+    """Do the task, and keep the worker where there is use for it: a failed call may have left something behind."""
     try:
         result = task(worker)
-        if _kept is not None and key not in _kept:
+        if kept is not None and not worker.failed:
             with suppress(BackendError):  # it ended itself
                 worker.rest()
-                _kept[key] = worker
+                kept[key] = worker
                 return result
     except BaseException:
         worker.close()

@@ -42,6 +42,7 @@ class Worker:
     Attributes:
         pid: of the child.
         load_ms: how long the runtime took to load the artifact (ms), without Python's imports.
+        failed: whether a call failed.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Worker:
         # More threads than CPUs fight for them: a board's four on a desk's two run ten times slower than two.
         self._threads = min(threads or target.runtime.threads, usable_cpus())
         self._timeout_s = timeout_s
-        self.load_ms = 0.0
+        self.load_ms, self.failed = 0.0, False
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115, because close() closes it
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-u", "-m", "edgekit.worker_process"],
@@ -105,7 +106,7 @@ class Worker:
 
     def rest(self) -> None:
         """Let go of the artifact and its memory; `take` loads the next."""
-        self._ask({"do": "rest"})
+        self._ask({"do": "rest"}, limit_s=GRACE_S)
 
     def load(self, artifact: Artifact) -> None:
         """Load another artifact in the place of the one before. Raises as `run` does."""
@@ -151,7 +152,9 @@ class Worker:
         self._reap()
         self._stderr.close()
 
-    def _ask(self, request: Header, arrays: Feeds | None = None, *, extra_s: float = 0.0) -> Message:
+    def _ask(
+        self, request: Header, arrays: Feeds | None = None, *, extra_s: float = 0.0, limit_s: float | None = None
+    ) -> Message:
         """Send `request` and wait for the answer, turning every way to fail into an `EdgekitError`."""
         message = encode(request, arrays or {})
         stdin, stdout = self._process.stdin, self._process.stdout
@@ -160,7 +163,7 @@ class Worker:
             raise BackendError(
                 f"{self._subject}: its worker has ended, so it cannot do {request['do']!r}; start a new Worker"
             )
-        limit_s = self._timeout_s + extra_s
+        limit_s = limit_s or self._timeout_s + extra_s
         expired = threading.Event()
 
         def expire() -> None:
@@ -176,6 +179,9 @@ class Worker:
             answer = decode(stdout)
         except BrokenPipeError:
             answer = None
+        except BaseException:  # the answer would be taken for that to the next request
+            self.close()
+            raise
         finally:
             watchdog.cancel()
             watchdog.join()
@@ -184,6 +190,7 @@ class Worker:
             error = self._timeout(doing, limit_s) if expired.is_set() else self._death(doing)
             self.close()
             raise error
+        self.failed = self.failed or "error" in answer[0] or "failure" in answer[0]
         if "error" in answer[0]:
             raise getattr(errors, answer[0]["error"])(answer[0]["text"])
         if "failure" in answer[0]:

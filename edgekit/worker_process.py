@@ -50,6 +50,8 @@ def main() -> None:
             reply = encode({"failure": f"{type(error).__name__}: {error}"}, {})
         replies.write(reply)
         replies.flush()
+    model = None
+    gc.collect()
     os._exit(0)  # there is nothing left to do: runtimes take a quarter of a second to end themselves, or crash at it
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,53 +18,92 @@ from edgekit.pipelines.expected import what_is_expected
 from edgekit.pipelines.sources import input_specs
 from edgekit.pipelines.split import MOST_DECIDING, deciding
 from edgekit.pipelines.stored import open_stored
+from edgekit.records import Compressed
 from networks import Net
 from test_proxy import PLAIN, one_bad_layer
 
+Feeds = dict[str, np.ndarray]
 
-def easiest_last(factor: float, folder: Path, samples: int = 256) -> dict[str, np.ndarray]:
-    """Data whose last samples, those that are held back, a network in `folder` tells apart best."""
+
+def by_ease(factor: float, folder: Path, samples: int = 256) -> np.ndarray:
+    """Samples in the order in which a network in `folder` tells them apart, the hardest first."""
     model, data = one_bad_layer(factor, samples)
     save_onnx(model, folder / "net.onnx")
     [scores] = Session(model, optimize=True).run(data).values()
     ordered = np.sort(scores, axis=1)
-    return {"x": data["x"][np.argsort(ordered[:, -1] - ordered[:, -2])]}
+    return data["x"][np.argsort(ordered[:, -1] - ordered[:, -2])]
+
+
+def compressed(samples: np.ndarray, folder: Path) -> Compressed:
+    """Of a function, whose last samples are held back."""
+
+    def calls() -> Iterator[Feeds]:
+        yield from ({"x": batch} for batch in np.split(samples, len(samples) // 8))
+
+    return edgekit.compress(folder / "net.onnx", folder / "out", calibration=calls, samples=192, method=PLAIN).record
 
 
 def test_samples_that_calibrated_decide_too(tmp_path: Path) -> None:
     """The 64 held back keep all decisions, and of the others so many are lost that the floor does not hold."""
-    data = easiest_last(20.0, tmp_path)
-    record = edgekit.compress(tmp_path / "net.onnx", tmp_path / "out", calibration=data, method=PLAIN).record
+    samples = by_ease(20.0, tmp_path)
+    record = compressed(samples, tmp_path)
     assert (record.samples, record.held_back) == (192, 64)
     assert record.proxy is not None and record.proxy.decisions == 256
     assert record.proxy.before < 0.95 and record.proxy.after >= 0.98
     assert record.lifted is not None and record.lifted.lifted
     with np.load(tmp_path / "out" / "held_back.npz") as held_back:
-        assert len(held_back["x"]) == 64
+        np.testing.assert_array_equal(held_back["x"], samples[192:])
 
 
-def decided(data: dict[str, np.ndarray], folder: Path) -> Decision:
-    edgekit.compress(folder / "net.onnx", folder / "out", calibration=data, method=PLAIN)
+def decided(samples: np.ndarray, folder: Path) -> tuple[Decision, float]:
+    """What an export judges by, and the share that the compressed model keeps."""
+    record = compressed(samples, folder)
     decision = what_is_expected(open_stored(folder / "out"), judged=True).decision
-    assert decision is not None
-    return decision
+    assert decision is not None and record.proxy is not None
+    return decision, record.proxy.after
 
 
 def test_an_export_knows_by_how_much_held_back_samples_flatter(tmp_path: Path) -> None:
-    """2 of all 256 decisions are lost, and none of the 64."""
-    decision = decided(easiest_last(1.0, tmp_path), tmp_path)
-    assert decision.samples == 64
-    assert decision.flatters == pytest.approx(2 / 256)
+    """Some of all decisions are lost, and none of the 64."""
+    decision, kept = decided(by_ease(1.0, tmp_path), tmp_path)
+    assert decision.samples == 64 and kept < 1
+    assert decision.flatters == pytest.approx(1 - kept)
     stricter = decision.stricter()
-    assert (stricter.floor, stricter.aimed) == (pytest.approx(0.98 + 2 / 256), pytest.approx(0.99 + 2 / 256))
-    assert (stricter.floor_text, stricter.aim) == ("1.21875", "0.21875")
+    assert (stricter.floor, stricter.aimed) == (pytest.approx(0.98 + 1 - kept), pytest.approx(0.99 + 1 - kept))
+    assert float(stricter.floor_text) == pytest.approx(100 * (kept - 0.98), abs=1e-6)
 
 
 def test_held_back_samples_that_lose_more_than_all_make_nothing_laxer(tmp_path: Path) -> None:
-    data = easiest_last(3.0, tmp_path)
-    decision = decided({"x": data["x"][::-1].copy()}, tmp_path)
+    decision, _ = decided(by_ease(1.0, tmp_path)[::-1], tmp_path)
     assert decision.flatters == 0
     assert (decision.stricter().floor, decision.stricter().floor_text) == (0.98, "2")
+
+
+def test_a_floor_in_decibels_stays(tmp_path: Path) -> None:
+    """Where outputs hold no decision."""
+    net = Net(seed=3)
+    y = net.conv(net.input("x", ["n", 3, 6, 6]), "a", 3, 4)
+    data = {"x": np.random.default_rng(0).normal(0, 1, (80, 3, 6, 6)).astype(np.float32)}
+    save_onnx(net.model(y), tmp_path / "net.onnx")
+    record = edgekit.compress(tmp_path / "net.onnx", tmp_path / "out", calibration=data).record
+    assert record.proxy is not None and record.proxy.kind == ""
+    decision = what_is_expected(open_stored(tmp_path / "out"), judged=True).decision
+    assert decision is not None and decision.proxy is None
+    assert decision.stricter() is decision
+
+
+def test_held_back_samples_need_not_show_the_decision(tmp_path: Path) -> None:
+    """All of one class: scores that could be marks."""
+    model, data = one_bad_layer(1.0, 512)
+    save_onnx(model, tmp_path / "net.onnx")
+    [scores] = Session(model, optimize=True).run(data).values()
+    one = scores.argmax(axis=1) == np.bincount(scores.argmax(axis=1)).argmax()
+    assert one.sum() >= 64
+    samples = np.concatenate([data["x"][~one][:192], data["x"][one][:64]])
+    record = compressed(samples, tmp_path)
+    assert record.proxy is not None and record.proxy.kind == "argmax"
+    [result] = edgekit.export(tmp_path / "out", "arm-onnxruntime")
+    assert result.manifest.proxy is not None and result.manifest.proxy.name == record.proxy.name
 
 
 def given(count: int, size: int) -> tuple[BoundData, ir.Model]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +42,7 @@ def test_inside_a_block_one_process_does_them_all(artifact: Artifact, others: se
     with kept_workers():
         first = in_worker(runs, artifact, numpy_target(), exact=True)
         with kept_workers():
-            second = in_worker(runs, artifact, numpy_target(on_run="print"), exact=False)
+            second = in_worker(runs, artifact, numpy_target(), exact=False)
         third = in_worker(runs, artifact, numpy_target(), exact=True)
         assert child_processes() == others | {str(third)}
     assert first == second == third
@@ -57,21 +59,59 @@ def test_a_process_that_ended_is_replaced(artifact: Artifact, others: set[str]) 
     assert child_processes() == others
 
 
-def test_what_fails_in_a_used_process_is_tried_in_a_fresh_one(artifact: Artifact, others: set[str]) -> None:
+@pytest.mark.parametrize("always", [False, True])
+def test_what_fails_in_a_used_process_is_tried_in_a_fresh_one(
+    artifact: Artifact, others: set[str], always: bool
+) -> None:
     pids: list[int] = []
 
-    def task(worker: Worker) -> str:
+    def task(worker: Worker) -> int:
         pids.append(worker.pid)
-        runs(worker)
-        return "done"
+        if always or len(pids) == 1:
+            os.kill(worker.pid, 11)
+        return runs(worker)
 
     with kept_workers():
         first = in_worker(runs, artifact, numpy_target(), exact=True)
-        with pytest.raises(BackendError, match="died of SIGSEGV"):
-            in_worker(task, artifact, numpy_target(on_run="crash"), exact=True)
+        if always:
+            with pytest.raises(BackendError, match="died of SIGSEGV"):
+                in_worker(task, artifact, numpy_target(), exact=True)
+        else:
+            assert in_worker(task, artifact, numpy_target(), exact=True) == pids[1]
         assert len(pids) == 2 and pids[0] == first != pids[1]
-        assert in_worker(task, artifact, numpy_target(), exact=True) == "done"
     assert child_processes() == others
+
+
+def test_a_process_in_which_a_call_failed_is_not_kept(artifact: Artifact, others: set[str]) -> None:
+    """A runtime that was fed wrongly may answer the next call with what it held."""
+
+    def task(worker: Worker) -> int:
+        with suppress(BackendError):
+            worker.run({"y": np.zeros(3, np.float32)})
+        return runs(worker)
+
+    with kept_workers():
+        in_worker(task, artifact, numpy_target(), exact=True)
+        assert child_processes() == others
+        first = in_worker(runs, artifact, numpy_target(), exact=True)
+        assert in_worker(task, artifact, numpy_target(), exact=True) != first
+    assert child_processes() == others
+
+
+def test_other_options_have_another_process(artifact: Artifact) -> None:
+    """Some of what a runtime is told first holds for its process."""
+    with kept_workers():
+        first = in_worker(runs, artifact, numpy_target(), exact=True)
+        assert in_worker(runs, artifact, numpy_target(on_run="print"), exact=True) != first
+
+
+def test_threads_have_their_own_processes(artifact: Artifact, others: set[str]) -> None:
+    with kept_workers():
+        first = in_worker(runs, artifact, numpy_target(), exact=True)
+        with ThreadPoolExecutor(1) as pool:
+            second = pool.submit(in_worker, runs, artifact, numpy_target(), exact=True).result()
+        assert first != second
+        assert child_processes() == others | {str(first)}
 
 
 @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])

@@ -61,6 +61,11 @@ class Engine:
         self._outputs = [name for name in names if not is_input[name]]
         self._buffers: dict[str, tuple[Any, int]] = {}
 
+    def __del__(self) -> None:
+        """Give the device's memory back: a process may load several engines, one after the other."""
+        for pointer, _ in getattr(self, "_buffers", {}).values():
+            self._driver.cuMemFree(pointer)
+
     def run(self, feeds: Feeds) -> Outputs:
         """Run one inference: arrays by input name in, arrays by output name out."""
         held = self._upload(feeds)

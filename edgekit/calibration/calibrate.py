@@ -61,8 +61,11 @@ def calibrate(
     readers = _readers(model)
     for value, observer in observed.items():
         layers = [layer for layer in readers.get(value, []) if rows and rows_key(layer) in rows]
-        seen = observer.histogram() if layers else live(value, observer.histogram(), model)
-        _choose(value, seen, layers, rows or {}, _calibrator(value, layers, method))
+        seen, wish = observer.histogram(), get_wish(value)
+        assert wish is not None, "it was observed for that"
+        if not layers:
+            seen = live(value, seen, model, steps=wish[0].qmax - wish[0].qmin)
+        _choose(value, wish[0], seen, layers, rows or {}, _calibrator(value, layers, method))
     return model
 
 
@@ -114,10 +117,9 @@ def _calibrator(value: ir.Value, layers: Sequence[LinearLayer], method: Method) 
     return next((name for name in asked if name != method.calibrator), method.calibrator)
 
 
-def _choose(value: ir.Value, histogram: Histogram, layers: Sequence[LinearLayer], rows: Rows, calibrator: str) -> None:
-    wish = get_wish(value)
-    assert wish is not None
-    spec = wish[0]
+def _choose(
+    value: ir.Value, spec: QuantSpec, histogram: Histogram, layers: Sequence[LinearLayer], rows: Rows, calibrator: str
+) -> None:
     if calibrator in (AUTO, EASYQUANT) and not (layers and histogram.count):
         calibrator = FALLBACK
     if calibrator == EASYQUANT:

@@ -266,6 +266,8 @@ def _decision(
         return None
     if metric is not None:
         return metric_decision(graph, metric, loaded.held, lift=proxy != NONE and not asked)
+    if proxy == NONE:
+        return None
     feeds = deciding(bound(loaded.verifying, graph), loaded.data, loaded.calibrating.stop, graph)
     return open_decision(graph, feeds, proxy)
 

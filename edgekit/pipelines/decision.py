@@ -84,7 +84,9 @@ class Decision:
         return outputs if self.proxy is None else in_focus(self.proxy, outputs)
 
     def stricter(self) -> Decision:
-        """The same, of samples that `flatters` as it says: that much more of them has to be kept."""
+        """The same, of samples that flatter as `flatters` says: that much more of them has to be kept."""
+        if self.proxy is None:
+            return self
         floor, aimed = (min(1.0, share + self.flatters) for share in (self.floor, self.aimed))
         return replace(self, floor=floor, aimed=aimed, floor_text=_points(floor), aim=_points(aimed))
 
@@ -99,8 +101,16 @@ class Decision:
         return self.evaluate(Session(lower_qdq(graph, rules), optimize=True).run).value
 
 
-def open_decision(graph: ir.Model, feeds: Sequence[Arrays], kind: str = AUTO) -> Decision | None:
+def open_decision(
+    graph: ir.Model, feeds: Sequence[Arrays], kind: str = AUTO, *, known: ProxyRecord | None = None
+) -> Decision | None:
     """The decision to judge by, on samples batch by batch; None where `kind` is "none" or no output is a number to compare.
+
+    Args:
+        graph: float.
+        feeds: inputs.
+        kind: of decision.
+        known: the decision that was found on other samples; these need not show it.
 
     Raises:
         DataError: no such proxy, or no output suits it.
@@ -110,7 +120,10 @@ def open_decision(graph: ir.Model, feeds: Sequence[Arrays], kind: str = AUTO) ->
     session = Session(graph, optimize=True)
     floats = [session.run(batch) for batch in feeds]
     give_back()
-    proxy = choose_proxy(floats, feeds, kind)
+    if known is None:
+        proxy = choose_proxy(floats, feeds, kind)
+    else:
+        proxy = Proxy(known.kind, known.outputs) if known.kind else None
     count = sum(next((len(array) for array in batch.values() if array.ndim), 1) for batch in feeds)
     if proxy is not None:
         floats = [{name: batch[name] for name in proxy.outputs} for batch in floats]  # the others may be large
@@ -218,7 +231,7 @@ def settle_target(
 
 def _points(share: float) -> str:
     """What may be lost, as `--max-drop` says it."""
-    return f"{100 * (1 - share):g}"
+    return f"{100 * (1 - share):.6f}".rstrip("0").rstrip(".")
 
 
 def _with_numbers(graph: ir.Model) -> ir.Model | None:

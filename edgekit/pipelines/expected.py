@@ -13,7 +13,6 @@ from edgekit.pipelines.resized import Resized, resize
 from edgekit.pipelines.split import feeds_of
 from edgekit.pipelines.stored import Stored, samples_of_size
 from edgekit.proof import Arrays, run_batches
-from edgekit.proxy import AUTO
 
 BATCH_SIZES = (7, 33, 1)
 """Of the proof: no batch that models are traced or calibrated with. Kernels change with it, and so do their faults: one of
@@ -48,7 +47,7 @@ def what_is_expected(stored: Stored, *, judged: bool) -> Expected:
     decision = None
     if proxied:
         held = feeds_of(stored.held_back, stored.model)
-        decision = beside_all(open_decision(stored.model, held, proxied.kind or AUTO), stored)
+        decision = beside_all(open_decision(stored.model, held, known=proxied), stored)
     sizes = _batch_sizes(stored)
     batches = _batches(stored, sizes)
     session = Session(stored.model, optimize=False)

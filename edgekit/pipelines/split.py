@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from edgekit.data import Batch, BoundData
 from edgekit.data.samples import LABELS
 from edgekit.errors import DataError
+from edgekit.graph.run import Session
 from edgekit.graph.sizes import samples_at_once
 
 HELD_BACK_SAMPLES = 64
@@ -22,8 +23,8 @@ MOST_HELD_BACK = 256
 HELD_BACK_BYTES = 32 * 2**20
 """That so many may take."""
 MOST_DECIDING = 512
-DECIDING_BYTES = 128 * 2**20
-"""Of samples that decide whether a model is good enough."""
+DECIDING_BYTES = 256 * 2**20
+"""Of samples, and what the model makes of them, that decide whether a quantized one is good enough."""
 BATCH_SIZE = 8
 AT_ONCE_BYTES = 1 << 20
 """Of samples that are run together where every activation of theirs may be held: a network's are a hundred times as large, or more."""
@@ -62,9 +63,11 @@ def deciding(held: BoundData, data: BoundData, calibrating: int, graph: ir.Model
     feeds = feeds_of(held, graph)
     if not feeds or next(data.batches(1, calibrating), None) is None:  # then those that are held back calibrated too
         return feeds
-    count = sum(next((len(array) for array in batch.values() if array.ndim), 1) for batch in feeds)
-    size = max(1, sum(array.nbytes for batch in feeds for array in batch.values()) // count)
-    more = min(calibrating, MOST_DECIDING - count, DECIDING_BYTES // size - count)
+    count = sum(map(len, held.batches(BATCH_SIZE)))
+    first = next(held.batches(1))
+    made = Session(graph, optimize=True).run(first.feeds).values()
+    size = sum(array.nbytes for array in (*first.feeds.values(), *made) if isinstance(array, np.ndarray))
+    more = min(calibrating, MOST_DECIDING - count, DECIDING_BYTES * len(first) // max(1, size) - count)
     more -= more % _at_a_time(data)
     return feeds + feeds_of(data, graph, 0, more) if more > 0 else feeds
 
