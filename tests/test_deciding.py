@@ -19,6 +19,7 @@ from edgekit.pipelines.sources import input_specs
 from edgekit.pipelines.split import MOST_DECIDING, deciding
 from edgekit.pipelines.stored import open_stored
 from edgekit.records import Compressed
+from edgekit.target import load_target
 from networks import Net
 from test_proxy import PLAIN, one_bad_layer
 
@@ -63,20 +64,24 @@ def decided(samples: np.ndarray, folder: Path) -> tuple[Decision, float]:
     return decision, record.proxy.after
 
 
-def test_an_export_knows_by_how_much_held_back_samples_flatter(tmp_path: Path) -> None:
+def test_an_export_asks_for_more_of_held_back_samples_that_flatter(tmp_path: Path) -> None:
     """Some of all decisions are lost, and none of the 64."""
     decision, kept = decided(by_ease(1.0, tmp_path), tmp_path)
     assert decision.samples == 64 and kept < 1
-    assert decision.flatters == pytest.approx(1 - kept)
-    stricter = decision.stricter()
-    assert (stricter.floor, stricter.aimed) == (pytest.approx(0.98 + 1 - kept), pytest.approx(0.99 + 1 - kept))
-    assert float(stricter.floor_text) == pytest.approx(100 * (kept - 0.98), abs=1e-6)
+    assert (decision.floor, decision.aimed) == (pytest.approx(0.98 + 1 - kept), pytest.approx(0.99 + 1 - kept))
+    assert float(decision.floor_text) == pytest.approx(100 * (kept - 0.98), abs=1e-6)
 
 
-def test_held_back_samples_that_lose_more_than_all_make_nothing_laxer(tmp_path: Path) -> None:
-    decision, _ = decided(by_ease(1.0, tmp_path)[::-1], tmp_path)
-    assert decision.flatters == 0
-    assert (decision.stricter().floor, decision.stricter().floor_text) == (0.98, "2")
+def test_an_export_asks_for_less_of_held_back_samples_that_lose_more(tmp_path: Path) -> None:
+    """With nothing that a target loses beside, nothing more has to go to float."""
+    samples = by_ease(1.0, tmp_path)
+    decision, kept = decided(samples[::-1], tmp_path)
+    stored = open_stored(tmp_path / "out")
+    here = decision.judge(stored.model, load_target("portable"))
+    assert here < kept >= 0.98
+    assert decision.floor == pytest.approx(0.98 - (kept - here))
+    [result] = edgekit.export(tmp_path / "out", "arm-onnxruntime")
+    assert not any("under" in note for note in result.manifest.notes)
 
 
 def test_a_floor_in_decibels_stays(tmp_path: Path) -> None:
@@ -89,7 +94,7 @@ def test_a_floor_in_decibels_stays(tmp_path: Path) -> None:
     assert record.proxy is not None and record.proxy.kind == ""
     decision = what_is_expected(open_stored(tmp_path / "out"), judged=True).decision
     assert decision is not None and decision.proxy is None
-    assert decision.stricter() is decision
+    assert decision.floor == 20
 
 
 def test_held_back_samples_need_not_show_the_decision(tmp_path: Path) -> None:

@@ -64,7 +64,6 @@ class Decision:
         aimed: the same as a number like the floor.
         samples: how many decide.
         decisions: how many these make; several of each where they are boxes.
-        flatters: by how much more of these the compressed model keeps than of all that it was judged by.
         float_metric: of the float model, where a metric decides.
     """
 
@@ -77,17 +76,14 @@ class Decision:
     samples: int
     float_metric: Metric | None = None
     decisions: int = 0
-    flatters: float = 0.0
 
     def focus(self, outputs: Arrays) -> Arrays:
         """What of the outputs the decision hangs on."""
         return outputs if self.proxy is None else in_focus(self.proxy, outputs)
 
-    def stricter(self) -> Decision:
-        """The same, of samples that flatter as `flatters` says: that much more of them has to be kept."""
-        if self.proxy is None:
-            return self
-        floor, aimed = (min(1.0, share + self.flatters) for share in (self.floor, self.aimed))
+    def stricter(self, by: float) -> Decision:
+        """The same, where so much more has to be kept."""
+        floor, aimed = (min(1.0, max(0.0, share + by)) for share in (self.floor, self.aimed))
         return replace(self, floor=floor, aimed=aimed, floor_text=_points(floor), aim=_points(aimed))
 
     def known(self, before: float) -> Known | None:
@@ -137,7 +133,11 @@ def open_decision(
 
 
 def beside_all(decision: Decision | None, stored: Stored) -> Decision | None:
-    """A decision on held-back samples, beside what `compress` found on these and others."""
+    """A decision on held-back samples that counts what the compressed model keeps of these, and of all that `compress` judged it by.
+
+    Where it keeps more of these, more of them is asked for, and where less, less: what a target loses beside is what counts, and few
+    samples are chance.
+    """
     record = stored.record.proxy
     if decision is None or decision.proxy is None or record is None:
         return decision
@@ -145,7 +145,7 @@ def beside_all(decision: Decision | None, stored: Stored) -> Decision | None:
         here = decision.judge(stored.model, load_target(stored.record.target))
     except (GraphError, TargetError):  # of rules that are not here any more
         return decision
-    return replace(decision, flatters=max(0.0, here - record.after))
+    return decision.stricter(here - record.after)
 
 
 def metric_decision(graph: ir.Model, metric: Evaluate, samples: int, *, lift: bool) -> Decision:
@@ -216,11 +216,11 @@ def settle_target(
     Not where `compress` could not keep them either, or was told to meet another floor.
     """
     record = stored.record
-    if decision is None or record.proxy is None or record.proxy.after < decision.floor:
+    if decision is None or record.proxy is None or record.proxy.after < record.proxy.floor:
         return stored, None
-    if record.lifted is not None and record.lifted.floor != decision.floor_text:
+    usual = decision.floor_text if decision.proxy is None else _points(FLOOR)
+    if record.lifted is not None and record.lifted.floor != usual:
         return stored, None
-    decision = decision.stricter()
     count = len(next(iter(stored.held_back.batches(RANKED_BY))))
     samples = Calibrating(stored.held_back, max(count, RANKED_BY), on_progress)
     model, lifted, _ = settle(
