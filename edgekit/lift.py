@@ -27,7 +27,7 @@ from edgekit.trials import Lifted, LiftState, LiftTrial
 
 Arrays = Mapping[str, NDArray[np.generic]]
 
-WORTH = 2
+WORTH = 4
 """How many times as many layers an aim above the floor may take as the floor itself does."""
 
 
