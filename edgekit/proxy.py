@@ -78,14 +78,20 @@ def choose_proxy(floats: Sequence[Arrays], feeds: Sequence[Arrays], kind: str = 
     same = [batch for batch in floats if _shapes(batch) == _shapes(floats[0])]
     given = [batch for batch, output in zip(feeds, floats, strict=True) if _shapes(output) == _shapes(floats[0])]
     outputs, inputs = _joined(same), _joined(given)
-    for name, candidate in PROXIES.items():
-        found = candidate.suits(outputs, inputs) if kind in (AUTO, name) else ()
+    for name in _in_order(outputs) if kind == AUTO else (kind,):
+        found = PROXIES[name].suits(outputs, inputs)
         if found:
             return Proxy(name, found)
     if kind == AUTO:
         return None
     shapes = ", ".join(f"{name!r} {array.dtype}{list(array.shape)}" for name, array in outputs.items())
     raise DataError(f"--proxy {kind}: no output suits it (found {shapes}); give another, or --evaluate module:function")
+
+
+def _in_order(outputs: Arrays) -> list[str]:
+    """The kinds as they are tried: beside probabilities of classes, numbers from 0 to 1 may be places, such as those of eyes in a face."""
+    classes = any(map(_alternatives, _of_classes(outputs).values()))
+    return sorted(PROXIES, key=lambda name: classes and name == "threshold")
 
 
 def in_focus(proxy: Proxy, outputs: Arrays) -> Arrays:
@@ -227,9 +233,13 @@ def _suits_argmax(outputs: Arrays, inputs: Arrays) -> tuple[str, ...]:
             return array.shape[1] > 1 and (len(array) < FEW or _alternatives(array))
         return array.ndim > 2 and any(_distribution(array, axis) for axis in (1, array.ndim - 1))
 
-    probabilities = {name: array for name, array in outputs.items() if array.ndim == 2 and _is_float(array)}
-    alternatives = {name: array for name, array in probabilities.items() if _distribution(array, 1)}
-    return _first(alternatives, suits) or _first(outputs, suits)
+    return _first(_of_classes(outputs), suits) or _first(outputs, suits)
+
+
+def _of_classes(outputs: Arrays) -> Arrays:
+    """Outputs `(N, classes)` that are probabilities."""
+    scores = {name: array for name, array in outputs.items() if array.ndim == 2 and _is_float(array)}
+    return {name: array for name, array in scores.items() if _distribution(array, 1)}
 
 
 def _alternatives(array: Array) -> bool:

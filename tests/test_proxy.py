@@ -70,6 +70,11 @@ def voice() -> Outputs:
     return {"p": rng().random((16, 1)).astype(np.float32), "state": rng().normal(0, 1, (2, 16, 8)).astype(np.float32)}
 
 
+def faces() -> Outputs:
+    """Places of eyes, nose and mouth from 0 to 1, and whether there is a face."""
+    return {"places": rng().random((16, 10)).astype(np.float32), "face": softmax(rng().normal(0, 1, (16, 2)))}
+
+
 def text() -> Outputs:
     logits = rng().normal(0, 1, (6, 12, 9))
     logits[:, ::2, 0] += 9
@@ -111,6 +116,7 @@ def boxes_and_scores() -> Outputs:
         (mask, "mask", ("map",)),
         (keys, "mask", ("sounding",)),
         (voice, "threshold", ("p",)),
+        (faces, "argmax", ("face",)),
         (text, "text", ("steps",)),
         (labels, "equal", ("label",)),
         (labels_as_floats, "equal", ("label",)),
@@ -126,6 +132,12 @@ def test_the_decision_is_seen_in_the_outputs_and_a_model_agrees_with_itself(
     assert proxy == Proxy(kind, names)
     assert agreement(outputs, outputs, proxy) == 1.0
     assert all(repr(name) in proxy.name for name in names)
+
+
+def test_a_decision_that_is_asked_for_is_looked_for_first() -> None:
+    assert choose_proxy([faces()], [{"x": np.zeros((16, 3, 8, 8), np.float32)}], "threshold") == Proxy(
+        "threshold", ("places",)
+    )
 
 
 @pytest.mark.parametrize(
