@@ -9,11 +9,13 @@ import onnx_ir as ir
 
 from edgekit.graph.annotations import all_values
 from edgekit.graph.operators import copy_type
-from edgekit.graph.rules import absorbed_output
+from edgekit.graph.rules import RECURRENT, absorbed_output
 from edgekit.lowering.writer import remove_dead
 from edgekit.target import Target
 
 _PAIR = frozenset({"Clip", "QuantizeLinear", "DequantizeLinear"})
+MAKE_FLOATS = ("MatMul", "Gemm", *RECURRENT)
+"""Their kernels read codes and make floats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +24,13 @@ class Site:
 
     Attributes:
         node: the quantized one.
-        value: what it makes; or what an activation function that runs as a part of it makes, where a target puts that on codes too.
+        output: of it, the first that something reads.
+        value: the same; or what an activation function that runs as a part of it makes, where a target puts that on codes too.
         tail: nodes of the lowered graph from the node's output to the end of that Q/DQ pair; none where there is no such pair.
     """
 
     node: ir.Node
+    output: ir.Value
     value: ir.Value
     tail: tuple[ir.Node, ...] = ()
 
@@ -38,9 +42,9 @@ class Site:
 
 def site_of(node: ir.Node, target: Target, on_codes: Mapping[str | None, ir.Value]) -> Site:
     """Where the error of a node shows, and what of the lowered graph belongs to it."""
-    output = node.outputs[0]
-    plain = Site(node, output)
-    if target.quantization.output_q != "always" or node.op_type in ("MatMul", "Gemm"):  # whose kernels make floats
+    output = read_output(node)
+    plain = Site(node, output, output)
+    if target.quantization.output_q != "always" or node.op_type in MAKE_FLOATS:
         return plain
     last, reached, tail = absorbed_output(output, target), False, list[ir.Node]()
     value = on_codes[output.name]
@@ -51,7 +55,12 @@ def site_of(node: ir.Node, target: Target, on_codes: Mapping[str | None, ir.Valu
             return plain
         tail.append(users[0])
         value = users[0].outputs[0]
-    return Site(node, last, tuple(tail))
+    return Site(node, output, last, tuple(tail))
+
+
+def read_output(node: ir.Node) -> ir.Value:
+    """The first output that something reads: an LSTM's may be only the last state."""
+    return next((value for value in node.outputs if value.uses() or value.is_graph_output()), node.outputs[0])
 
 
 def beside_floats(model: ir.Model, lowered: ir.Model, segment: Sequence[Site], live: Sequence[str]) -> ir.Model:
@@ -65,7 +74,7 @@ def beside_floats(model: ir.Model, lowered: ir.Model, segment: Sequence[Site], l
     copies: dict[ir.Value, ir.Value] = {}
     for site in segment:
         name, exact = site.name, plain[site.value.name]
-        quantized = _copy(graph, on_codes[site.node.outputs[0].name], plain, copies)
+        quantized = _copy(graph, on_codes[site.output.name], plain, copies)
         quantized = _behind(graph, quantized, site, plain, copies)
         error = _append(graph, "Sub", [quantized, exact], error_name(name), exact)
         energy = _append(graph, "ReduceSumSquare", [exact], signal_name(name), exact, keepdims=0)
@@ -98,11 +107,20 @@ def _copy(
         else _copy(graph, each, plain, copies)
         for each in node.inputs
     ]  # fmt: skip
-    copied = ir.node(node.op_type, inputs, dict(node.attributes), num_outputs=len(node.outputs), name=_on_codes(value))
+    copied = ir.node(
+        node.op_type,
+        inputs,
+        dict(node.attributes),
+        domain=node.domain,
+        num_outputs=len(node.outputs),
+        name=_on_codes(value),
+    )
     graph.append(copied)
     for old, new in zip(node.outputs, copied.outputs, strict=True):
         copy_type(new, old)
-        new.name, copies[old] = _on_codes(old), new
+        copies[old] = new
+        if old.name:  # not of what an operator with a memory might give and need not
+            new.name = _on_codes(old)
     return copies[value]
 
 
@@ -142,14 +160,16 @@ def rest_of(model: ir.Model, segment: Sequence[Site]) -> tuple[ir.Model, list[st
             node.replace_input_with(index, live[value])
     graph.outputs[:] = [value for value in graph.outputs if value.producer() in inside]
     for node in nodes[start:]:
-        if node.outputs[0].name in values:
-            _add_error(graph, node, values[node.outputs[0].name])
+        for output in node.outputs:
+            if output.name in values:
+                _add_error(graph, output, values[output.name])
     remove_dead(model)
     return model, [value.name or "" for value in live]
 
 
-def _add_error(graph: ir.Graph, node: ir.Node, name: str) -> None:
-    output = node.outputs[0]
+def _add_error(graph: ir.Graph, output: ir.Value, name: str) -> None:
+    node = output.producer()
+    assert node is not None, "it is a node's output"
     error = ir.Value(name=error_name(name), type=output.type or ir.TensorType(ir.DataType.FLOAT))
     graph.inputs.append(error)
     add = ir.node("Add", [output, error], name=f"{node.name}/with error")

@@ -195,6 +195,9 @@ class _Search:
         low, high = 0, min(first, len(ranking))
         while not self.meets(ranking[:high]):
             if high == len(ranking):
+                if self.needed <= self.known[frozenset(ranking)] < self.aimed:
+                    self.aimed = self.needed
+                    self.find(ranking, first)
                 return
             low, high = high, min(2 * high, len(ranking))
         while high - low > 1:

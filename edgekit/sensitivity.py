@@ -15,10 +15,20 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgekit.beside import Site, beside_floats, by_name, error_name, fed_name, rest_of, signal_name, site_of
+from edgekit.beside import (
+    Site,
+    beside_floats,
+    by_name,
+    error_name,
+    fed_name,
+    read_output,
+    rest_of,
+    signal_name,
+    site_of,
+)
 from edgekit.errors import DataError, GraphError
 from edgekit.graph.operators import LINEAR, layers
-from edgekit.graph.rules import quantized_nodes
+from edgekit.graph.rules import quantized_nodes, recurrent
 from edgekit.graph.run import Session
 from edgekit.graph.sizes import WATCHED_BYTES, in_parts, value_bytes
 from edgekit.lowering.qdq import lower_qdq
@@ -65,7 +75,8 @@ def sensitivity(
     check_batches(batches, "sensitivity")
     lowered = lower_qdq(model, _with_rules(target, _BESIDE_READERS))
     plain, on_codes = by_name(model.graph), by_name(lowered.graph)
-    nodes = [node for node in quantized_nodes(model, target) if _is_on_codes(on_codes[node.outputs[0].name], plain)]
+    chosen = {*quantized_nodes(model, target), *recurrent(model.graph)}
+    nodes = [node for node in model.graph if node in chosen and _is_on_codes(node, on_codes, plain)]
     costs = {layer.name: layer.macs for layer in layers(model)}
     found: list[LayerSensitivity] = []
     sites = [site_of(node, target, on_codes) for node in nodes]
@@ -181,12 +192,14 @@ def _with_rules(target: Target, rules: Mapping[str, object]) -> Target:
     return target.model_copy(update={"quantization": target.quantization.model_copy(update=rules)})
 
 
-def _is_on_codes(output: ir.Value, plain: Mapping[str | None, ir.Value]) -> bool:
-    """Whether what makes a value of the lowered graph reads anything that the float graph has not: nodes on codes, or their results."""
-    producer = output.producer()
-    assert producer is not None, "a quantized node makes it"
-    read = [value for value in producer.inputs if value is not None and not value.is_initializer()]
-    return any(value.name not in plain for value in read)
+def _is_on_codes(node: ir.Node, on_codes: Mapping[str | None, ir.Value], plain: Mapping[str | None, ir.Value]) -> bool:
+    """Whether what is in a node's place in the lowered graph is another operator, or reads anything that the float graph has not: nodes on
+    codes, or their results.
+    """
+    lowered = on_codes[read_output(node).name].producer()
+    assert lowered is not None, "a quantized node makes it"
+    read = [value for value in lowered.inputs if value is not None and not value.is_initializer()]
+    return lowered.op_type != node.op_type or any(value.name not in plain for value in read)
 
 
 def _score(model: ir.Model, target: Target, node: ir.Node, metric: Evaluate | None, threads: int) -> float | None:

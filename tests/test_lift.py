@@ -282,6 +282,15 @@ def test_more_than_the_floor_is_taken_where_it_costs_little(model: ir.Model, bat
     assert unreached.met and len(unreached.lifted) <= 2
 
 
+def test_where_no_set_reaches_the_aim_the_fewest_for_the_floor_are_found(
+    model: ir.Model, batches: list[dict[str, Array]]
+) -> None:
+    """The two bad layers rank last of five; the others of the model cannot be left in float."""
+    bad, ranking = coarse(model, "a2", "c1"), ("a1", "b1", "b2", "a2", "c1")
+    found = lift(bad, PORTABLE, batches, Floor("dB", 25), ranking=ranking, aim=Floor("dB", 150), threads=1)
+    assert found.met and found.finished and found.lifted == ("a2", "c1")
+
+
 def test_what_is_known_is_not_asked_again(model: ir.Model, batches: list[dict[str, Array]]) -> None:
     bad, asked = coarse(model, "c1"), []
     metric = closeness(model, batches)

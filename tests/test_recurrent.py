@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -16,6 +16,7 @@ from edgekit.graph.io import load_annotated, load_onnx
 from edgekit.graph.run import Session
 from edgekit.lowering.qdq import lower_qdq
 from edgekit.method import LayerMethod, Method
+from edgekit.sensitivity import sensitivity
 from edgekit.target import load_target
 from graphs import Array, GraphBuilder, normal
 from networks import local_target
@@ -133,3 +134,34 @@ def test_weights_too_small_to_be_worth_a_node_have_no_grid(tmp_path: Path) -> No
     edgekit.compress(tmp_path / "net.onnx", tmp_path / "out", calibration=[{"x": normal(5, 1, 8)}] * 40)
     model = load_annotated(tmp_path / "out/model.onnx")
     assert "W" not in {value.name for value in annotated_values(model.graph)}
+
+
+@pytest.mark.parametrize(
+    ("target", "activations", "ranked"),
+    [("portable", "static", True), ("x86-onnxruntime", "dynamic", True), ("cuda-tensorrt", "static", False)],
+)
+def test_weights_of_a_memory_are_ranked_like_layers_where_they_are_codes(
+    target: str, activations: Literal["static", "dynamic"], ranked: bool, tmp_path: Path
+) -> None:
+    """Its last state is all that is read. What is measured beside float is what lowering it alone makes."""
+    data, out, others = sequence_net(tmp_path), tmp_path / "out", frozenset({"head"})
+    method = Method(activations=activations)
+    edgekit.compress(tmp_path / "net.onnx", out, calibration=calls(data), method=method, proxy="none")
+    model, rules = load_annotated(out / "model.onnx"), load_target(target)
+    found = {layer.name: layer for layer in sensitivity(model, rules, [data])}
+    assert ("memory" in found) == ranked
+    expected = output(model, data)
+    if ranked:
+        alone = output(lower_qdq(model, rules, keep_float=others), data)
+        assert found["memory"].output_sqnr_db == pytest.approx(sqnr(alone, expected), abs=0.01)
+    np.testing.assert_array_equal(output(lower_qdq(model, rules, keep_float=others | {"memory"}), data), expected)
+
+
+def test_a_memory_that_hurts_is_left_in_float(tmp_path: Path) -> None:
+    data = sequence_net(tmp_path)
+    record = edgekit.compress(
+        tmp_path / "net.onnx", tmp_path / "out", calibration=calls(data), max_drop="70dB", explain=True
+    ).record
+    assert record.lifted is not None and record.lifted.met and set(record.lifted.lifted) == {"memory", "head"}
+    lowered = lower_qdq(load_annotated(tmp_path / "out/model.onnx"), load_target("x86-openvino"))
+    np.testing.assert_array_equal(output(lowered, data), output(tmp_path / "out/model.onnx", data))

@@ -87,7 +87,10 @@ def look_at_worst(
 ) -> tuple[LayerDistributions, ...]:
     """What the layers read that hurt the model's output most, the worst one first; on the samples that they were judged by."""
     nodes = {node.name or "": (node, parts) for node, parts in quantized_nodes(graph, rules).items()}
-    worst = sorted(found, key=lambda layer: layer.output_sqnr_db)[:LOOKED_AT]
+    known = [
+        layer for layer in found if layer.name in nodes
+    ]  # not operators with a memory: their weights alone are on grids
+    worst = sorted(known, key=lambda layer: layer.output_sqnr_db)[:LOOKED_AT]
     chosen = [nodes[layer.name] for layer in worst]
     values = {value: None for node, parts in chosen for value in _on_grids(node, parts)}
     observed = observe(graph, list(values), _first(batches.named("look at the worst")), threads=0, on_batch=None)
