@@ -75,6 +75,21 @@ def top1(data: BoundData) -> Evaluate:
     return evaluate
 
 
+def reference_of(evaluate: object) -> str:
+    """What `--evaluate` named, so that `export` finds it from another folder; a function object cannot be found again."""
+    if not isinstance(evaluate, str | Path):
+        return ""
+    location, colon, name = str(evaluate).rpartition(":")
+    path = Path(location if colon else str(evaluate))
+    return (
+        f"{path.resolve()}{colon}{name}"
+        if colon and path.is_file()
+        else str(path.resolve())
+        if path.exists()
+        else str(evaluate)
+    )
+
+
 def _of_function(function: Callable[[Runner], Any], name: str) -> Evaluate:
     def evaluate(run: Runner) -> Metric:
         with user_code(DataError, f"--evaluate {name}"):

@@ -23,6 +23,7 @@ from edgekit.trials import Lifted, Searched
 
 MODEL = "model.onnx"
 HELD_BACK = "held_back.npz"
+DECIDING = "deciding.npz"
 COMPRESSED = "compress.json"
 MANIFEST = "manifest.json"
 BENCHMARKS = "benchmark.json"
@@ -94,6 +95,7 @@ class Compressed(Table):
     method: Method
     samples: int
     held_back: int
+    deciding: int = 0
     evaluate: str = ""
     preprocess: Preprocess | None = None
     model_sha256: str = ""

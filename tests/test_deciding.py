@@ -11,8 +11,10 @@ import pytest
 
 import edgekit
 from edgekit.data import BoundData, open_data
+from edgekit.errors import OutputError
 from edgekit.graph.io import save_onnx
 from edgekit.graph.run import Session
+from edgekit.pipelines import split
 from edgekit.pipelines.decision import Decision
 from edgekit.pipelines.expected import what_is_expected
 from edgekit.pipelines.sources import input_specs
@@ -65,16 +67,56 @@ def decided(samples: np.ndarray, folder: Path) -> tuple[Decision, float]:
     return decision, record.proxy.after
 
 
-def test_an_export_asks_for_more_of_held_back_samples_that_flatter(tmp_path: Path) -> None:
-    """Some of all decisions are lost, and none of the 64."""
+def test_all_that_decided_judge_an_export_too(tmp_path: Path) -> None:
+    samples = by_ease(1.0, tmp_path)
+    decision, kept = decided(samples, tmp_path)
+    assert decision.samples == decision.decisions == 256 and decision.floor == 0.98
+    stored = open_stored(tmp_path / "out")
+    assert decision.judge(stored.model, load_target("portable")) == kept
+    with np.load(tmp_path / "out" / "deciding.npz") as archive:
+        np.testing.assert_array_equal(archive["x"], samples[:192])
+    edgekit.compress(tmp_path / "net.onnx", tmp_path / "out", calibration={"x": samples}, method=PLAIN, proxy="none")
+    assert not (tmp_path / "out" / "deciding.npz").exists()
+
+
+def test_samples_that_calibrated_are_stored_as_far_as_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, _ = given(40, 8)
+    held = {"x": np.zeros((8, 8), np.float32)}
+    monkeypatch.setattr(split, "STORED_BYTES", (8 + 20) * 32)
+    assert split.save_deciding(tmp_path / "some.npz", data, 32, held) == 16
+    with np.load(tmp_path / "some.npz") as archive:
+        assert archive["x"].shape == (16, 8)
+    assert split.save_deciding(tmp_path / "none.npz", data, 40, held) == 0
+    assert not (tmp_path / "none.npz").exists()
+
+
+def test_samples_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    compressed(by_ease(1.0, tmp_path), tmp_path)
+    (tmp_path / "out" / "deciding.npz").write_bytes(b"")
+    with pytest.raises(
+        OutputError, match=r"deciding\.npz: the samples of `compress` cannot be read .* run `edgekit compress` again"
+    ):
+        open_stored(tmp_path / "out")
+
+
+def test_an_export_asks_for_more_of_held_back_samples_that_flatter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some of all decisions are lost, and none of the 64, where there is no room for more of them."""
+    monkeypatch.setattr(split, "STORED_BYTES", 0)
     decision, kept = decided(by_ease(1.0, tmp_path), tmp_path)
     assert decision.samples == 64 and kept < 1
     assert (decision.floor, decision.aimed) == (pytest.approx(0.98 + 1 - kept), pytest.approx(0.99 + 1 - kept))
     assert float(decision.floor_text) == pytest.approx(100 * (kept - 0.98), abs=1e-6)
 
 
-def test_an_export_asks_for_less_of_held_back_samples_that_lose_more(tmp_path: Path) -> None:
+def test_an_export_asks_for_less_of_held_back_samples_that_lose_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With nothing that a target loses beside, nothing more has to go to float."""
+    monkeypatch.setattr(split, "STORED_BYTES", 0)
     samples = by_ease(1.0, tmp_path)
     decision, kept = decided(samples[::-1], tmp_path)
     stored = open_stored(tmp_path / "out")

@@ -24,7 +24,7 @@ from edgekit.graph.io import save_annotated
 from edgekit.graph.operators import Layer, layers
 from edgekit.graph.rules import check_operators
 from edgekit.method import EVERYTHING, Method
-from edgekit.metric import Evaluate, Runner, open_metric
+from edgekit.metric import Evaluate, Runner, open_metric, reference_of
 from edgekit.output import check_folder, replaced_files, sha256, write_text
 from edgekit.pictures import draw, why_none
 from edgekit.pipelines.decision import Decision, bound, decision_notes, metric_decision, open_decision, settle
@@ -44,12 +44,21 @@ from edgekit.pipelines.sources import (
     rewrite,
     synthetic_samples,
 )
-from edgekit.pipelines.split import Arrays, calibrating_samples, deciding, first_batch, held_back, save_arrays
+from edgekit.pipelines.split import (
+    Arrays,
+    calibrating_samples,
+    deciding,
+    first_batch,
+    held_back,
+    save_arrays,
+    save_deciding,
+)
 from edgekit.progress import Progress, silent
 from edgekit.proxy import AUTO, NONE
 from edgekit.pruning import Prune
 from edgekit.records import (
     COMPRESSED,
+    DECIDING,
     HELD_BACK,
     MODEL,
     PRUNED,
@@ -185,7 +194,7 @@ def compress(
     record = Compressed(
         **_about(graph, rules, loaded, method),
         **_measured(decision, decided, tuning),
-        evaluate=_reference(evaluate),
+        evaluate=reference_of(evaluate),
         preprocess=preprocess,
         sensitivity=found,
         distributions=distributions,
@@ -195,7 +204,7 @@ def compress(
         pruned=tuning.pruned if tuning else None,
     )
     notes = tuple(_notes(record, graph, rules, loaded, asked=goal is not None, explain=explain))
-    return _write(out, graph, loaded.verifying, record.model_copy(update={"notes": notes}), tuning)
+    return _write(out, graph, loaded, record.model_copy(update={"notes": notes}), tuning)
 
 
 def _load(given: _Given, rules: Target, tuning: Tuning | None, on_progress: Progress, *, dequantize: bool) -> _Loaded:
@@ -289,16 +298,21 @@ def _open(calibration: Calibration, preprocess: Preprocess | None, samples: int)
     return dataset
 
 
-def _write(out: Path, graph: ir.Model, verifying: Arrays, record: Compressed, tuning: Tuning | None) -> CompressResult:
+def _write(out: Path, graph: ir.Model, loaded: _Loaded, record: Compressed, tuning: Tuning | None) -> CompressResult:
+    data, calibrating, more = loaded.data, loaded.calibrating.stop, 0
     with replaced_files(out, COMPRESSED) as stage:
         save_annotated(graph, stage / MODEL)
-        save_arrays(stage / HELD_BACK, verifying)
+        save_arrays(stage / HELD_BACK, loaded.verifying)
+        if record.proxy and record.proxy.kind:
+            more = save_deciding(stage / DECIDING, data, calibrating, loaded.verifying)
         remark = tuning.store(stage / PRUNED) if tuning else ""
         notes = (*record.notes, *([remark] if remark else []))
-        record = record.model_copy(update={"model_sha256": sha256(stage / MODEL), "notes": notes})
+        record = record.model_copy(update={"model_sha256": sha256(stage / MODEL), "deciding": more, "notes": notes})
         write_text(stage / COMPRESSED, json.dumps(record.model_dump(mode="json"), indent=2) + "\n")
     if record.pruned is None:
         shutil.rmtree(out / PRUNED, ignore_errors=True)  # of another model
+    if not more:
+        (out / DECIDING).unlink(missing_ok=True)
     forget(out, record.searched)
     draw(out, record)
     write_report(out)
@@ -378,18 +392,3 @@ def _measured(decision: Decision | None, decided: ProxyRecord | None, tuning: Tu
     if came is not None:
         before = Metric(name=before.name, value=came)
     return {"float_metric": before, "simulated_metric": Metric(name=before.name, value=decided.after)}
-
-
-def _reference(evaluate: object) -> str:
-    """What `--evaluate` named, so that `export` finds it from another folder; a function object cannot be found again."""
-    if not isinstance(evaluate, str | Path):
-        return ""
-    location, colon, name = str(evaluate).rpartition(":")
-    path = Path(location if colon else str(evaluate))
-    return (
-        f"{path.resolve()}{colon}{name}"
-        if colon and path.is_file()
-        else str(path.resolve())
-        if path.exists()
-        else str(evaluate)
-    )

@@ -46,8 +46,9 @@ def what_is_expected(stored: Stored, *, judged: bool) -> Expected:
     proxied = stored.record.proxy if judged else None
     decision = None
     if proxied:
-        held = feeds_of(stored.held_back, stored.model)
-        decision = beside_all(open_decision(stored.model, held, known=proxied), stored)
+        parts = (stored.held_back, stored.calibrated) if stored.calibrated else (stored.held_back,)
+        feeds = [batch for part in parts for batch in feeds_of(part, stored.model)]
+        decision = beside_all(open_decision(stored.model, feeds, known=proxied), stored)
     sizes = _batch_sizes(stored)
     batches = _batches(stored, sizes)
     session = Session(stored.model, optimize=False)

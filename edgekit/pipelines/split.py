@@ -25,6 +25,8 @@ HELD_BACK_BYTES = 32 * 2**20
 MOST_DECIDING = 512
 DECIDING_BYTES = 256 * 2**20
 """Of samples, and what the model makes of them, that decide whether a quantized one is good enough."""
+STORED_BYTES = 128 * 2**20
+"""Of samples, that an export may judge by."""
 BATCH_SIZE = 8
 AT_ONCE_BYTES = 1 << 20
 """Of samples that are run together where every activation of theirs may be held: a network's are a hundred times as large, or more."""
@@ -61,7 +63,7 @@ def deciding(held: BoundData, data: BoundData, calibrating: int, graph: ir.Model
     of 417 the same in those that calibrated, 0.988 of 164 in those held back, which was luck, and 0.960 of 1,114 in others.)
     """
     feeds = feeds_of(held, graph)
-    if not feeds or next(data.batches(1, calibrating), None) is None:  # then those that are held back calibrated too
+    if not feeds or _all_calibrate(data, calibrating):
         return feeds
     count = sum(map(len, held.batches(BATCH_SIZE)))
     first = next(held.batches(1))
@@ -70,6 +72,26 @@ def deciding(held: BoundData, data: BoundData, calibrating: int, graph: ir.Model
     more = min(calibrating, MOST_DECIDING - count, DECIDING_BYTES * len(first) // max(1, size) - count)
     more -= more % _at_a_time(data)
     return feeds + feeds_of(data, graph, 0, more) if more > 0 else feeds
+
+
+def save_deciding(path: Path, data: BoundData, calibrating: int, held: Arrays) -> int:
+    """Write samples that calibrated and judge exports beside those `held` back, while there is room; returns how many, none where these
+    calibrated too.
+    """
+    if _all_calibrate(data, calibrating):
+        return 0
+    rows = max(map(len, held.values()), default=0) * _at_a_time(data)
+    room = STORED_BYTES - sum(array.nbytes for array in held.values())
+    joined = _Joined(data, least=0, most=min(calibrating, MOST_DECIDING - rows), size=room)
+    count = joined.fill(0)
+    if count:
+        save_arrays(path, joined.arrays)
+    return count
+
+
+def _all_calibrate(data: BoundData, calibrating: int) -> bool:
+    """Whether nothing is left to hold back: then what is held back calibrated too."""
+    return next(data.batches(1, calibrating), None) is None
 
 
 def calibrating_samples(data: BoundData, wished: int) -> int:
@@ -102,21 +124,28 @@ def held_back(data: BoundData, calibrating: int) -> tuple[Arrays, int, str]:
 class _Joined:
     """Batches written one behind the other into arrays: at no time is there a second copy of them.
 
+    There are `most` of them, in no more than `size` bytes where they are more than the `least`.
+
     Attributes:
         arrays: by input, and labels where every batch has some. Where the model takes so many samples at a time, a row is a batch.
         batches, left_out: how many were read, and how many of them have another shape than the first.
     """
 
-    def __init__(self, data: BoundData) -> None:
+    def __init__(
+        self,
+        data: BoundData,
+        *,
+        least: int = HELD_BACK_SAMPLES,
+        most: int = MOST_HELD_BACK,
+        size: int = HELD_BACK_BYTES,
+    ) -> None:
         self.arrays: Arrays = {}
         self.batches = self.left_out = 0
-        self._data, self._unit = data, _at_a_time(data)
-        self._least, self._most = (
-            -(-count // self._unit) * self._unit for count in (HELD_BACK_SAMPLES, MOST_HELD_BACK)
-        )
+        self._data, self._unit, self._size = data, _at_a_time(data), size
+        self._least, self._most = (-(-count // self._unit) * self._unit for count in (least, most))
 
     def fill(self, start: int) -> int:
-        """Take the samples to hold back, from `start` on, more of small ones; returns how many they are."""
+        """Take samples from `start` on, more of small ones; returns how many they are."""
         held = rows = 0
         names: set[str] = set()
         for batch in self._enough(start):
@@ -143,7 +172,7 @@ class _Joined:
     def _room(self, batch: Batch, start: int) -> int:
         """Samples that there may be, by the size of the first ones."""
         own = sum(array.nbytes for array in batch.feeds.values()) // max(1, len(batch))
-        enough = max(self._least, HELD_BACK_BYTES // max(1, own)) + max(BATCH_SIZE, self._unit)
+        enough = max(self._least, self._size // max(1, own)) + max(BATCH_SIZE, self._unit)
         found = min(self._most, enough)
         return found if self._data.size is None else min(found, self._data.size - start)
 
@@ -159,7 +188,7 @@ class _Joined:
         count = size = 0
         for batch in self._data.batches(BATCH_SIZE, start, start + self._most):
             own = sum(array.nbytes for array in batch.feeds.values())
-            if count >= self._least and size + own > HELD_BACK_BYTES:
+            if count >= self._least and size + own > self._size:
                 return
             yield batch
             count, size = count + len(batch), size + own

@@ -15,19 +15,20 @@ from edgekit.data import BoundData, open_data
 from edgekit.errors import DataError, OutputError
 from edgekit.graph.io import load_annotated
 from edgekit.pipelines.sources import input_specs
-from edgekit.records import HELD_BACK, MODEL, Compressed, read_compressed
+from edgekit.records import DECIDING, HELD_BACK, MODEL, Compressed, read_compressed
 
 _AGAIN = "run `edgekit compress` again"
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A compressed model: its folder, record, annotated graph and held-back samples."""
+    """A compressed model: its folder, record, annotated graph, held-back samples, and some that calibrated and judge exports too."""
 
     folder: Path
     record: Compressed
     model: ir.Model
     held_back: BoundData
+    calibrated: BoundData | None
 
 
 def open_stored(folder: Path) -> Stored:
@@ -38,11 +39,16 @@ def open_stored(folder: Path) -> Stored:
     """
     record = read_compressed(folder)
     model = load_annotated(folder / MODEL)
+    held_back = _samples(folder / HELD_BACK, model)
+    calibrated = _samples(folder / DECIDING, model) if record.deciding else None
+    return Stored(folder, record, model, held_back, calibrated)
+
+
+def _samples(path: Path, model: ir.Model) -> BoundData:
     try:
-        held_back = open_data(folder / HELD_BACK).bind(input_specs(model))
+        return open_data(path).bind(input_specs(model))
     except DataError as error:
-        raise OutputError(f"{folder / HELD_BACK}: the held-back samples cannot be read ({error}); {_AGAIN}") from error
-    return Stored(folder, record, model, held_back)
+        raise OutputError(f"{path}: the samples of `compress` cannot be read ({error}); {_AGAIN}") from error
 
 
 def samples_of_size(stored: Stored, size: int) -> Mapping[str, NDArray[Any]]:
