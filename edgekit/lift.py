@@ -91,6 +91,7 @@ def lift(
     aim: Floor | None = None,
     metric: Evaluate | None = None,
     known: Known | None = None,
+    give_back: bool = True,
     time_budget_s: float = math.inf,
     state: LiftState | None = None,
     on_trial: Callable[[LiftState], None] | None = None,
@@ -115,6 +116,7 @@ def lift(
         aim: more than the floor, of its kind: gone for, and taken where it needs no more than `WORTH` times as many layers.
         metric: the user's; needed for a floor in points.
         known: what that says of the float model, and of the model with nothing lifted, where somebody has asked already.
+        give_back: take step 2. Not for decisions on few samples: who asks that often finds a set that decides rightly by chance.
         time_budget_s: seconds.
         state: of an earlier search; what it tried is not tried again, unless the model, the target or the samples are others.
         on_trial: given the state after each trial, to be stored.
@@ -139,7 +141,9 @@ def lift(
         return judge(Session(lower_qdq(model, target, keep_float=lifted), optimize=True, threads=threads).run)
 
     aimed = max(needed, (aim or floor).needed(float_value))
-    search = _Search(key, value_of, needed, aimed, time_budget_s, on_trial, on_progress, tried, _estimate(len(ranking)))
+    search = _Search(
+        key, value_of, needed, aimed, time_budget_s, on_trial, on_progress, tried, _estimate(len(ranking)), give_back
+    )
     try:
         search.find(ranking, first)
         finished = True
@@ -185,6 +189,7 @@ class _Search:
     on_progress: Progress
     known: dict[frozenset[str], float]
     expected: int
+    give_back: bool
     start: float = field(default_factory=time.monotonic)
     longest: float = 0.0
 
@@ -203,7 +208,8 @@ class _Search:
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if self.meets(ranking[:middle]) else (middle, high)
-        self._give_back(list(ranking[:high]))
+        if self.give_back:
+            self._give_back(list(ranking[:high]))
 
     def _give_back(self, kept: list[str]) -> None:
         size = len(kept) // 2

@@ -29,6 +29,8 @@ FEW = 8
 """Samples from which on scores can be told from marks."""
 LEAST_LETTERS = 32
 """Classes from which on scores that are no probabilities may be of letters: fewer are kinds of words more often."""
+LEAST_SHARE = 1e-6
+"""Less is as good as nothing, and more than 1 less that as good as all."""
 UNIT = 1e-3
 """How far sums and norms may be from 1."""
 
@@ -97,6 +99,8 @@ def _in_order(outputs: Arrays) -> list[str]:
 def in_focus(proxy: Proxy, outputs: Arrays) -> Arrays:
     """The numbers that a decision hangs on, to be compared as signals; of a detector the boxes, in pixels, and the scores apart.
 
+    Shares as the logarithms of their odds: of a few samples that are sure of their class, shares hardly show what disturbs others.
+
     All outputs where some of those that the proxy reads are missing.
     """
     if not all(name in outputs for name in proxy.outputs):
@@ -104,6 +108,8 @@ def in_focus(proxy: Proxy, outputs: Arrays) -> Arrays:
     arrays = [outputs[name] for name in proxy.outputs]
     if proxy.kind == "boxes":
         return dict(zip(("boxes", "scores"), boxes_and_scores(arrays, layout_of(arrays)), strict=True))
+    if proxy.kind in ("argmax", "threshold") and all(map(_bounded, arrays)):
+        arrays = [_log_odds(array) for array in arrays]
     return dict(zip(proxy.outputs, arrays, strict=True))
 
 
@@ -159,6 +165,11 @@ def _distribution(array: Array, axis: int) -> bool:
 def _bounded(array: Array) -> bool:
     """Whether all numbers are from 0 to 1."""
     return bool((array >= -UNIT).all() and (array <= 1 + UNIT).all())
+
+
+def _log_odds(shares: Array) -> Array:
+    inside = np.clip(shares.astype(np.float64), LEAST_SHARE, 1 - LEAST_SHARE)
+    return np.asarray(np.log(inside) - np.log1p(-inside))
 
 
 def _first(outputs: Arrays, suits: Callable[[Array], bool]) -> tuple[str, ...]:

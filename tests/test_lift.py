@@ -282,6 +282,16 @@ def test_more_than_the_floor_is_taken_where_it_costs_little(model: ir.Model, bat
     assert unreached.met and len(unreached.lifted) <= 2
 
 
+def test_what_the_ranking_has_before_a_bad_layer_need_not_be_given_back(
+    model: ir.Model, batches: list[dict[str, Array]]
+) -> None:
+    """Sets that are tried until one decides rightly by chance are no better for it."""
+    bad, ranking = coarse(model, "c1"), ("a1", "b1", "c1", "b2", "a2")
+    first = lift(bad, PORTABLE, batches, Floor("dB", 20), ranking=ranking, give_back=False, threads=1)
+    assert first.met and first.finished and first.lifted == ("a1", "b1", "c1")
+    assert lift(bad, PORTABLE, batches, Floor("dB", 20), ranking=ranking, threads=1).lifted == ("c1",)
+
+
 def test_where_no_set_reaches_the_aim_the_fewest_for_the_floor_are_found(
     model: ir.Model, batches: list[dict[str, Array]]
 ) -> None:

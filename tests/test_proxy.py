@@ -305,6 +305,17 @@ def test_what_a_decision_hangs_on_is_compared_apart() -> None:
     assert list(in_focus(Proxy("argmax", ("scores",)), {"state": np.zeros(3)})) == ["state"]
 
 
+def test_an_error_in_a_share_counts_as_much_where_the_model_is_sure() -> None:
+    """Of odds of one to a thousand, and of one to one; what cannot be told from nothing is nothing."""
+    proxy = Proxy("argmax", ("p",))
+    sure, unsure = (in_focus(proxy, {"p": softmax(np.array([[x, 0.0]]))})["p"] for x in (7.0, 0.0))
+    sure_off, unsure_off = (in_focus(proxy, {"p": softmax(np.array([[x + 0.1, 0.0]]))})["p"] for x in (7.0, 0.0))
+    np.testing.assert_allclose(sure_off - sure, unsure_off - unsure, atol=1e-3)
+    assert np.isfinite(in_focus(proxy, {"p": np.array([[1.0, 0.0]], np.float32)})["p"]).all()
+    logits = {"p": np.array([[3.0, -1.0]], np.float32)}
+    assert in_focus(proxy, logits)["p"] is logits["p"]
+
+
 def test_boxes_written_as_offsets_on_grids_are_found_in_pixels() -> None:
     """8 x 8, 4 x 4 and 2 x 2 cells of 8, 16 and 32 pixels; the sizes of all but one are less than a cell."""
     table = np.zeros((2, 84, 7), np.float32)

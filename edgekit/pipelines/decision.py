@@ -208,9 +208,18 @@ def settle(
             left = max(budget_s - (time.monotonic() - begin), budget_s / 4)
             goal = make_goal(decision.floor_text, left, out, has_metric=True, aim=decision.aim_from(before))
             most = None if before < decision.floor else FEW_LAYERS
-            known = decision.known(before)
+            known, certain = decision.known(before), decision.proxy is None
             graph, lifted = meet(
-                graph, rules, goal, found, calibrating, decision.evaluate, on_progress, known=known, most=most
+                graph,
+                rules,
+                goal,
+                found,
+                calibrating,
+                decision.evaluate,
+                on_progress,
+                known=known,
+                give_back=certain,
+                most=most,
             )
             after = lifted.after if known else decision.judge(graph, rules)
             lifted = lifted if lifted.lifted or most is None else None

@@ -133,9 +133,12 @@ def meet(
     on_progress: Progress,
     *,
     known: Known | None = None,
+    give_back: bool = True,
     most: int | None = None,
 ) -> tuple[ir.Model, Lifted]:
     """The `graph` with the layers left in float that `goal` takes, `most` of the worst of them at most, and the search's record.
+
+    See `edgekit.lift.lift` for what is known and given back.
 
     What was tried is written down after each trial, and forgotten when the search is over.
     """
@@ -154,6 +157,7 @@ def meet(
         aim=parse_floor(goal.aim),
         metric=metric,
         known=known,
+        give_back=give_back,
         time_budget_s=goal.budget_s,
         state=_remembered(goal.state),
         on_trial=remember,
