@@ -20,8 +20,7 @@ from edgekit.pipelines.expected import what_is_expected
 from edgekit.pipelines.sources import input_specs
 from edgekit.pipelines.split import MOST_DECIDING, deciding
 from edgekit.pipelines.stored import open_stored
-from edgekit.proxy import Proxy
-from edgekit.records import Compressed, Metric
+from edgekit.records import Compressed
 from edgekit.target import load_target
 from networks import Net
 from test_proxy import PLAIN, one_bad_layer
@@ -125,18 +124,6 @@ def test_an_export_asks_for_less_of_held_back_samples_that_lose_more(
     assert decision.floor == pytest.approx(0.98 - (kept - here))
     [result] = edgekit.export(tmp_path / "out", "arm-onnxruntime")
     assert not any("under" in note for note in result.manifest.notes)
-
-
-@pytest.mark.parametrize(
-    ("decisions", "before", "lost"), [(50, 0.97, 0.0), (100, 0.97, 0.6), (1000, 0.97, 1.0), (100, 0.985, 1.0)]
-)
-def test_where_few_decide_and_some_layers_must_go_to_float_more_do(decisions: int, before: float, lost: float) -> None:
-    """The standard error of the floor above it: 1.98 points of 50, 1.4 of 100, 0.44 of 1,000. Not where the floor holds."""
-    proxy = Proxy("argmax", ("scores",))
-    decision = Decision(
-        proxy, lambda run: Metric(name="", value=1.0), 0.98, "2", "1", 0.99, decisions, decisions=decisions
-    )
-    assert float(decision.aim_from(before)) == pytest.approx(lost, abs=0.025)
 
 
 def test_a_floor_in_decibels_stays(tmp_path: Path) -> None:

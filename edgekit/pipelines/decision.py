@@ -92,15 +92,6 @@ class Decision:
             return None
         return Known(LARGEST_DB if self.proxy is None else 1.0, before)
 
-    def aim_from(self, before: float) -> str:
-        """What layers are lifted for, the same way: where the floor is missed, at least its standard error more, as of few decisions a
-        share is chance.
-        """
-        if self.proxy is None or before >= self.floor:
-            return self.aim
-        error = math.sqrt(FLOOR * (1 - FLOOR) / max(1, self.decisions))
-        return _points(min(1.0, max(self.aimed, self.floor + error)))
-
     def judge(self, graph: ir.Model, rules: Target) -> float:
         """What the simulation of the annotated graph is worth."""
         return self.evaluate(Session(lower_qdq(graph, rules), optimize=True).run).value
@@ -206,7 +197,7 @@ def settle(
         found = explain(seen, rules, calibrating, on_progress, samples=samples, focus=decision.focus) if seen else ()
         if found:
             left = max(budget_s - (time.monotonic() - begin), budget_s / 4)
-            goal = make_goal(decision.floor_text, left, out, has_metric=True, aim=decision.aim_from(before))
+            goal = make_goal(decision.floor_text, left, out, has_metric=True, aim=decision.aim)
             most = None if before < decision.floor else FEW_LAYERS
             known, certain = decision.known(before), decision.proxy is None
             graph, lifted = meet(
