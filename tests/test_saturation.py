@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 import edgekit
 from conftest import TinyFiles
+from edgekit.errors import BackendError
 from edgekit.graph.annotations import set_params
 from edgekit.graph.io import load_onnx
 from edgekit.lowering import cpu
@@ -18,6 +20,7 @@ from edgekit.lowering.qdq import lower_qdq
 from edgekit.lowering.saturation import saturation_warnings
 from edgekit.proof import moved_by
 from edgekit.target import load_target
+from graphs import GraphBuilder
 from networks import annotate, get_params_of, residual_net, samples, simulate, worst
 
 OLD = "flags\t\t: fpu sse2 avx avx2\n"
@@ -96,6 +99,18 @@ def test_an_export_for_a_newer_cpu_is_checked_with_seven_bits_and_says_so(
     )
     [record] = edgekit.benchmark(out, [target], iterations=5).targets
     assert "no VNNI" in record.reason and not record.timings
+
+
+def test_a_refusal_there_names_no_file_that_is_gone(old_cpu: None, tmp_path: Path) -> None:
+    """Axes are an input, so that the output may have any rank."""
+    build = GraphBuilder(opset=17)
+    x, axes = build.input("x", [3, 4]), build.input("axes", [1], onnx.TensorProto.INT64)
+    onnx.save(build.proto(build.op("Unsqueeze", [build.op("Relu", [x], "r"), axes], "u")), tmp_path / "net.onnx")
+    call = {"x": np.ones((3, 4), np.float32), "axes": np.array([1])}
+    edgekit.compress(tmp_path / "net.onnx", tmp_path / "out", calibration=[call], proxy="none")
+    with pytest.raises(BackendError, match=r"OpenVINO refuses the model.* dynamic rank") as caught:
+        edgekit.export(tmp_path / "out", "x86-openvino")
+    assert "edgekit-" not in str(caught.value)
 
 
 def test_what_a_runtime_adds_to_one_simulation_is_added_to_another() -> None:

@@ -173,8 +173,11 @@ def _run_stand_in(
     with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
         path = Path(folder) / MODEL
         save_onnx(lowered, path)
-        artifact = job.backend.convert(path, job.checked, Path(folder), precision="int8")
-        ran, kernels = _run(job, artifact, batches)
+        try:
+            artifact = job.backend.convert(path, job.checked, Path(folder), precision="int8")
+            ran, kernels = _run(job, artifact, batches)
+        except BackendError as error:  # it names a file that will be gone
+            raise BackendError(str(error).replace(f"{folder}/", "")) from error
     moved = [
         {name: moved_by(real[name], there[name], array) if name in real else array for name, array in here.items()}
         for real, there, here in zip(simulated[: len(ran)], expected[: len(ran)], ran, strict=True)
