@@ -59,8 +59,12 @@ def site_of(node: ir.Node, target: Target, on_codes: Mapping[str | None, ir.Valu
 
 
 def read_output(node: ir.Node) -> ir.Value:
-    """The first output that something reads: an LSTM's may be only the last state."""
-    return next((value for value in node.outputs if value.uses() or value.is_graph_output()), node.outputs[0])
+    """The first output whose numbers something reads: an LSTM's may be only the last state. Errors of others are not counted."""
+    return next((value for value in node.outputs if _is_read(value)), node.outputs[0])
+
+
+def _is_read(value: ir.Value) -> bool:
+    return value.is_graph_output() or any(use.node.op_type != "Shape" for use in value.uses())
 
 
 def beside_floats(model: ir.Model, lowered: ir.Model, segment: Sequence[Site], live: Sequence[str]) -> ir.Model:

@@ -100,7 +100,8 @@ def lift(
 ) -> Lifted:
     """Find the fewest layers to keep in float so that the simulated model meets `floor`.
 
-    1. The `first` layers of the ranking, twice, four times, ... as many, until the floor is met; then bisection.
+    1. The `first` layers of the ranking, twice, four times, ... as many, until the floor is met; then bisection. Where there is an aim,
+       for that first, and for the floor where the aim is out of reach or not worth it.
     2. Layers that turn out not to be needed are given back, in halves, quarters, ... and one by one, the mildest first.
 
     It ends within the time budget, judged by the longest trial so far, with the best that it found: the smallest set that meets the
@@ -194,37 +195,43 @@ class _Search:
     longest: float = 0.0
 
     def find(self, ranking: Sequence[str], first: int) -> None:
-        """Try sets until the smallest that a search of this kind finds is known."""
-        if self.meets(()):
-            return
+        """Try sets until the smallest that such a search finds is known: for the aim or, where that is not worth it, for the floor."""
+        least = self.aimed
+        count = self._first_of(ranking, first, least)
+        if self.known[self.best()] < self.aimed:
+            least = self.needed
+            count = self._first_of(ranking, first, least)
+        if count and self.give_back:
+            self._give_back(list(ranking[:count]), least)
+
+    def _first_of(self, ranking: Sequence[str], first: int, least: float) -> int | None:
+        """How many of the ranking, the worst, have to go; None where all are not enough."""
+        if self.value((), least) >= least:
+            return 0
         low, high = 0, min(first, len(ranking))
-        while not self.meets(ranking[:high]):
+        while self.value(ranking[:high], least) < least:
             if high == len(ranking):
-                if self.needed <= self.known[frozenset(ranking)] < self.aimed:
-                    self.aimed = self.needed
-                    self.find(ranking, first)
-                return
+                return None
             low, high = high, min(2 * high, len(ranking))
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if self.meets(ranking[:middle]) else (middle, high)
-        if self.give_back:
-            self._give_back(list(ranking[:high]))
+            low, high = (low, middle) if self.value(ranking[:middle], least) >= least else (middle, high)
+        return high
 
-    def _give_back(self, kept: list[str]) -> None:
+    def _give_back(self, kept: list[str], least: float) -> None:
         size = len(kept) // 2
         while size >= 1:
             end = len(kept)
             while end > 0:
                 start = max(0, end - size)
                 fewer = kept[:start] + kept[end:]
-                if self.meets(fewer):
+                if self.value(fewer, least) >= least:
                     kept = fewer
                 end = start
             size //= 2
 
-    def meets(self, lifted: Sequence[str]) -> bool:
-        """Whether the model is good enough with some layers in float: by trial, where it is not known."""
+    def value(self, lifted: Sequence[str], least: float) -> float:
+        """What the model is worth with some layers in float, where `least` is looked for: by trial, where it is not known."""
         wanted = frozenset(lifted)
         if wanted not in self.known:
             begin = time.monotonic()
@@ -236,11 +243,11 @@ class _Search:
                 self.on_trial(self.state())
             done = len(self.known)
             self.on_progress(
-                f"lift: {self.known[wanted]:.5g} with {len(wanted)} layers in float, {self.aimed:.5g} wanted",
+                f"lift: {self.known[wanted]:.5g} with {len(wanted)} layers in float, {least:.5g} wanted",
                 done,
                 max(done, self.expected),
             )
-        return self.known[wanted] >= self.aimed
+        return self.known[wanted]
 
     def best(self) -> frozenset[str]:
         """The smallest set that meets the aim, if it is worth it, or the floor; where none does, the best, of equal ones the smaller."""

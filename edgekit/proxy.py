@@ -91,15 +91,23 @@ def choose_proxy(floats: Sequence[Arrays], feeds: Sequence[Arrays], kind: str = 
 
 
 def _in_order(outputs: Arrays) -> list[str]:
-    """The kinds as they are tried: beside probabilities of classes, numbers from 0 to 1 may be places, such as those of eyes in a face."""
+    """The kinds as they are tried: beside probabilities of classes, several numbers from 0 to 1 may be places, such as those of eyes."""
     classes = any(map(_alternatives, _of_classes(outputs).values()))
-    return sorted(PROXIES, key=lambda name: classes and name == "threshold")
+    several = any(outputs[name].ndim == 2 and outputs[name].shape[1] > 1 for name in _suits_threshold(outputs, {}))
+    return sorted(PROXIES, key=lambda name: name == "threshold" and classes and several)
 
 
-def in_focus(proxy: Proxy, outputs: Arrays) -> Arrays:
+def are_shares(proxy: Proxy, floats: Sequence[Arrays]) -> bool:
+    """Whether a class is taken by numbers that are all from 0 to 1, in what the float model makes."""
+    single = proxy.kind in ("argmax", "threshold")
+    return single and all(_bounded(batch[name]) for batch in floats for name in proxy.outputs)
+
+
+def in_focus(proxy: Proxy, outputs: Arrays, *, shares: bool = False) -> Arrays:
     """The numbers that a decision hangs on, to be compared as signals; of a detector the boxes, in pixels, and the scores apart.
 
-    Shares as the logarithms of their odds: of a few samples that are sure of their class, shares hardly show what disturbs others.
+    `shares` (see `are_shares`) as the logarithms of their odds: samples that are sure of their class hardly show by shares what disturbs
+    others.
 
     All outputs where some of those that the proxy reads are missing.
     """
@@ -108,7 +116,7 @@ def in_focus(proxy: Proxy, outputs: Arrays) -> Arrays:
     arrays = [outputs[name] for name in proxy.outputs]
     if proxy.kind == "boxes":
         return dict(zip(("boxes", "scores"), boxes_and_scores(arrays, layout_of(arrays)), strict=True))
-    if proxy.kind in ("argmax", "threshold") and all(map(_bounded, arrays)):
+    if shares:
         arrays = [_log_odds(array) for array in arrays]
     return dict(zip(proxy.outputs, arrays, strict=True))
 

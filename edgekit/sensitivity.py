@@ -124,10 +124,10 @@ def rank(found: Sequence[LayerSensitivity]) -> list[str]:
     return [layer.name for layer in sorted(found, key=worth)]
 
 
-def how_many_hurt(found: Sequence[LayerSensitivity]) -> int:
-    """Of how many nodes, the worst, the errors at the outputs make `MOST` of the sum of all: errors of layers add up in energy."""
+def how_many_hurt(found: Sequence[LayerSensitivity], most: float = MOST) -> int:
+    """Of how many nodes, the worst, the errors at the outputs make `most` of the sum of all: errors of layers add up in energy."""
     noise = np.sort([10 ** (-layer.output_sqnr_db / 10) for layer in found])[::-1]
-    return int(np.searchsorted(np.cumsum(noise), MOST * noise.sum())) + 1
+    return int(np.searchsorted(np.cumsum(noise), most * noise.sum())) + 1
 
 
 @dataclass(slots=True)

@@ -20,7 +20,9 @@ from edgekit.pipelines.expected import what_is_expected
 from edgekit.pipelines.sources import input_specs
 from edgekit.pipelines.split import MOST_DECIDING, deciding
 from edgekit.pipelines.stored import open_stored
-from edgekit.records import Compressed
+from edgekit.proxy import Proxy
+from edgekit.records import Compressed, Metric
+from edgekit.sensitivity import MOST
 from edgekit.target import load_target
 from networks import Net
 from test_proxy import PLAIN, one_bad_layer
@@ -85,9 +87,10 @@ def test_samples_that_calibrated_are_stored_as_far_as_there_is_room(
     held = {"x": np.zeros((8, 8), np.float32)}
     monkeypatch.setattr(split, "STORED_BYTES", (8 + 20) * 32)
     assert split.save_deciding(tmp_path / "some.npz", data, 32, held) == 16
+    assert split.save_deciding(tmp_path / "asked.npz", data, 8, held) == 8
     with np.load(tmp_path / "some.npz") as archive:
         assert archive["x"].shape == (16, 8)
-    assert split.save_deciding(tmp_path / "none.npz", data, 40, held) == 0
+    assert split.save_deciding(tmp_path / "none.npz", data, 0, held) == 0
     assert not (tmp_path / "none.npz").exists()
 
 
@@ -97,7 +100,7 @@ def test_samples_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(
         OutputError, match=r"deciding\.npz: the samples of `compress` cannot be read .* run `edgekit compress` again"
     ):
-        open_stored(tmp_path / "out")
+        edgekit.export(tmp_path / "out", "arm-onnxruntime")
 
 
 def test_an_export_asks_for_more_of_held_back_samples_that_flatter(
@@ -124,6 +127,13 @@ def test_an_export_asks_for_less_of_held_back_samples_that_lose_more(
     assert decision.floor == pytest.approx(0.98 - (kept - here))
     [result] = edgekit.export(tmp_path / "out", "arm-onnxruntime")
     assert not any("under" in note for note in result.manifest.notes)
+
+
+@pytest.mark.parametrize(("before", "share"), [(0.98, 0.75), (0.9, 0.99), (0.99, 0.0), (1.0, MOST)])
+def test_the_more_is_lost_the_more_layers_are_tried_first(before: float, share: float) -> None:
+    """A tenth of the losses needs a hundredth of the noise's energy."""
+    decision = Decision(Proxy("argmax", ("p",)), lambda run: Metric(name="", value=1.0), 0.98, "2", "1", 0.99, 100)
+    assert decision.hurting(before) == pytest.approx(share)
 
 
 def test_a_floor_in_decibels_stays(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_a_time_that_is_none_is_refused(text: str, tiny: TinyFiles, tmp_path: Pa
 
 
 def test_sixteen_bits_run_in_float_where_the_target_says_so(tiny: TinyFiles, tmp_path: Path) -> None:
-    compress(tiny, tmp_path / "out", method=edgekit.Method(precision="int16"))
+    compress(tiny, tmp_path / "out", method=edgekit.Method(precision="int16"), proxy="none")
     model = load_annotated(tmp_path / "out" / "model.onnx")
     types = {params.dtype for value in annotated_values(model.graph) if (params := get_params(value)) is not None}
     assert types == {"uint16", "uint8", "int8"}, "what no layer reads keeps 8 bits"

@@ -297,7 +297,11 @@ def test_where_no_set_reaches_the_aim_the_fewest_for_the_floor_are_found(
 ) -> None:
     """The two bad layers rank last of five; the others of the model cannot be left in float."""
     bad, ranking = coarse(model, "a2", "c1"), ("a1", "b1", "b2", "a2", "c1")
-    found = lift(bad, PORTABLE, batches, Floor("dB", 25), ranking=ranking, aim=Floor("dB", 150), threads=1)
+    aim = Floor("dB", 150)
+    found = lift(bad, PORTABLE, batches, Floor("dB", 25), ranking=ranking, aim=aim, threads=1)
+    assert found.met and found.finished and found.lifted == ("a2", "c1")
+    ranking = ("a2", "c1", "a1", "b1", "b2")
+    found = lift(bad, PORTABLE, batches, Floor("dB", 25), ranking=ranking, first=5, aim=aim, give_back=False, threads=1)
     assert found.met and found.finished and found.lifted == ("a2", "c1")
 
 

@@ -19,7 +19,7 @@ from edgekit.errors import DataError
 from edgekit.graph.io import save_onnx
 from edgekit.method import Method
 from edgekit.pipelines.decision import decision_notes
-from edgekit.proxy import Proxy, choose_proxy, count_decisions, in_focus, open_proxy
+from edgekit.proxy import Proxy, are_shares, choose_proxy, count_decisions, in_focus, open_proxy
 from edgekit.records import Compressed, ProxyRecord
 from graphs import run
 from networks import Net
@@ -308,12 +308,23 @@ def test_what_a_decision_hangs_on_is_compared_apart() -> None:
 def test_an_error_in_a_share_counts_as_much_where_the_model_is_sure() -> None:
     """Of odds of one to a thousand, and of one to one; what cannot be told from nothing is nothing."""
     proxy = Proxy("argmax", ("p",))
-    sure, unsure = (in_focus(proxy, {"p": softmax(np.array([[x, 0.0]]))})["p"] for x in (7.0, 0.0))
-    sure_off, unsure_off = (in_focus(proxy, {"p": softmax(np.array([[x + 0.1, 0.0]]))})["p"] for x in (7.0, 0.0))
-    np.testing.assert_allclose(sure_off - sure, unsure_off - unsure, atol=1e-3)
-    assert np.isfinite(in_focus(proxy, {"p": np.array([[1.0, 0.0]], np.float32)})["p"]).all()
+    assert are_shares(proxy, [{"p": softmax(np.array([[7.0, 0.0]]))}])
+
+    def focused(x: float) -> np.ndarray:
+        return np.asarray(in_focus(proxy, {"p": softmax(np.array([[x, 0.0]]))}, shares=True)["p"])
+
+    np.testing.assert_allclose(focused(7.1) - focused(7.0), focused(0.1) - focused(0.0), atol=1e-3)
+    beyond = in_focus(proxy, {"p": np.array([[1.002, -0.002]], np.float32)}, shares=True)["p"]
+    assert np.isfinite(beyond).all() and abs(beyond[0, 0]) < 14
     logits = {"p": np.array([[3.0, -1.0]], np.float32)}
-    assert in_focus(proxy, logits)["p"] is logits["p"]
+    assert not are_shares(proxy, [logits]) and in_focus(proxy, logits)["p"] is logits["p"]
+    assert not are_shares(Proxy("mask", ("p",)), [{"p": np.zeros((1, 2))}])
+
+
+def test_one_share_beside_shares_of_classes_is_a_decision() -> None:
+    """Gates of experts, say; several would be places."""
+    outputs = {"score": rng().random((16, 1)).astype(np.float32), "gates": softmax(rng().normal(0, 1, (16, 4)))}
+    assert choose_proxy([outputs], [{}]) == Proxy("threshold", ("score",))
 
 
 def test_boxes_written_as_offsets_on_grids_are_found_in_pixels() -> None:

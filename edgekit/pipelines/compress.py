@@ -204,7 +204,7 @@ def compress(
         pruned=tuning.pruned if tuning else None,
     )
     notes = tuple(_notes(record, graph, rules, loaded, asked=goal is not None, explain=explain))
-    return _write(out, graph, loaded, record.model_copy(update={"notes": notes}), tuning)
+    return _write(out, graph, loaded, decision, record.model_copy(update={"notes": notes}), tuning)
 
 
 def _load(given: _Given, rules: Target, tuning: Tuning | None, on_progress: Progress, *, dequantize: bool) -> _Loaded:
@@ -298,13 +298,14 @@ def _open(calibration: Calibration, preprocess: Preprocess | None, samples: int)
     return dataset
 
 
-def _write(out: Path, graph: ir.Model, loaded: _Loaded, record: Compressed, tuning: Tuning | None) -> CompressResult:
-    data, calibrating, more = loaded.data, loaded.calibrating.stop, 0
+def _write(
+    out: Path, graph: ir.Model, loaded: _Loaded, judge: Decision | None, record: Compressed, tuning: Tuning | None
+) -> CompressResult:
+    judging = judge.samples - loaded.held if judge and judge.proxy else 0
     with replaced_files(out, COMPRESSED) as stage:
         save_annotated(graph, stage / MODEL)
         save_arrays(stage / HELD_BACK, loaded.verifying)
-        if record.proxy and record.proxy.kind:
-            more = save_deciding(stage / DECIDING, data, calibrating, loaded.verifying)
+        more = save_deciding(stage / DECIDING, loaded.data, judging, loaded.verifying)
         remark = tuning.store(stage / PRUNED) if tuning else ""
         notes = (*record.notes, *([remark] if remark else []))
         record = record.model_copy(update={"model_sha256": sha256(stage / MODEL), "deciding": more, "notes": notes})

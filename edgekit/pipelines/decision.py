@@ -26,9 +26,9 @@ from edgekit.pipelines.quantize import Calibrating
 from edgekit.pipelines.sources import input_specs
 from edgekit.pipelines.stored import Stored
 from edgekit.progress import Progress
-from edgekit.proxy import AUTO, NONE, Proxy, choose_proxy, count_decisions, in_focus, open_proxy
+from edgekit.proxy import AUTO, NONE, Proxy, are_shares, choose_proxy, count_decisions, in_focus, open_proxy
 from edgekit.records import Metric, ProxyRecord
-from edgekit.sensitivity import LARGEST_DB, SEGMENTS
+from edgekit.sensitivity import LARGEST_DB, MOST, SEGMENTS
 from edgekit.target import Target, load_target
 from edgekit.trials import Lifted
 
@@ -64,6 +64,7 @@ class Decision:
         aimed: the same as a number like the floor.
         samples: how many decide.
         decisions: how many these make; several of each where they are boxes.
+        shares: see `edgekit.proxy.are_shares`.
         float_metric: of the float model, where a metric decides.
     """
 
@@ -76,10 +77,11 @@ class Decision:
     samples: int
     float_metric: Metric | None = None
     decisions: int = 0
+    shares: bool = False
 
     def focus(self, outputs: Arrays) -> Arrays:
         """What of the outputs the decision hangs on."""
-        return outputs if self.proxy is None else in_focus(self.proxy, outputs)
+        return outputs if self.proxy is None else in_focus(self.proxy, outputs, shares=self.shares)
 
     def stricter(self, by: float) -> Decision:
         """The same, where so much more has to be kept."""
@@ -91,6 +93,11 @@ class Decision:
         if self.float_metric is not None:
             return None
         return Known(LARGEST_DB if self.proxy is None else 1.0, before)
+
+    def hurting(self, before: float) -> float:
+        """The share of the noise that has to go: decisions are lost about as often as it is large, which is the root of its energy."""
+        lost = 1 - before
+        return MOST if self.proxy is None or lost <= 0 else max(0.0, 1 - ((1 - self.aimed) / lost) ** 2)
 
     def judge(self, graph: ir.Model, rules: Target) -> float:
         """What the simulation of the annotated graph is worth."""
@@ -124,7 +131,17 @@ def open_decision(
     if proxy is not None:
         floats = [{name: batch[name] for name in proxy.outputs} for batch in floats]  # the others may be large
         evaluate, decisions = open_proxy(proxy, feeds, floats), count_decisions(proxy, floats)
-        return Decision(proxy, evaluate, FLOOR, _points(FLOOR), _points(AIM), AIM, count, decisions=decisions)
+        return Decision(
+            proxy,
+            evaluate,
+            FLOOR,
+            _points(FLOOR),
+            _points(AIM),
+            AIM,
+            count,
+            decisions=decisions,
+            shares=are_shares(proxy, floats),
+        )
     if not any(array.dtype.kind == "f" for array in floats[0].values()):
         return None
     judge = judge_outputs(graph, feeds, cosine=False)
@@ -133,7 +150,7 @@ def open_decision(
 
 
 def beside_all(decision: Decision | None, stored: Stored) -> Decision | None:
-    """A decision on held-back samples that counts what the compressed model keeps of these, and of all that `compress` judged it by.
+    """A decision on stored samples that counts what the compressed model keeps of these, and of all that `compress` judged it by.
 
     Where it keeps more of these, more of them is asked for, and where less, less: what a target loses beside is what counts, and few
     samples are chance.
@@ -210,6 +227,7 @@ def settle(
                 on_progress,
                 known=known,
                 give_back=certain,
+                hurting=decision.hurting(before),
                 most=most,
             )
             after = lifted.after if known else decision.judge(graph, rules)

@@ -42,12 +42,13 @@ class Expected:
 
 
 def what_is_expected(stored: Stored, *, judged: bool) -> Expected:
-    """Run the float model on held-back samples; the compressed model's proxy judges where `judged`, else a metric does."""
+    """Run the float model on held-back samples; where `judged`, the compressed model's proxy does so on some that calibrated too, else a
+    metric judges.
+    """
     proxied = stored.record.proxy if judged else None
     decision = None
     if proxied:
-        parts = (stored.held_back, stored.calibrated) if stored.calibrated else (stored.held_back,)
-        feeds = [batch for part in parts for batch in feeds_of(part, stored.model)]
+        feeds = [batch for part in stored.deciding() for batch in feeds_of(part, stored.model)]
         decision = beside_all(open_decision(stored.model, feeds, known=proxied), stored)
     sizes = _batch_sizes(stored)
     batches = _batches(stored, sizes)

@@ -26,7 +26,7 @@ from edgekit.pipelines.quantize import Calibrating
 from edgekit.pipelines.split import BATCH_SIZE, feeds_of
 from edgekit.progress import Progress
 from edgekit.records import LayerSensitivity, Metric, read_record
-from edgekit.sensitivity import Arrays, how_many_hurt, rank, sensitivity
+from edgekit.sensitivity import MOST, Arrays, how_many_hurt, rank, sensitivity
 from edgekit.target import Target
 from edgekit.trials import Lifted, LiftState
 from edgekit.words import some
@@ -134,11 +134,12 @@ def meet(
     *,
     known: Known | None = None,
     give_back: bool = True,
+    hurting: float = MOST,
     most: int | None = None,
 ) -> tuple[ir.Model, Lifted]:
     """The `graph` with the layers left in float that `goal` takes, `most` of the worst of them at most, and the search's record.
 
-    See `edgekit.lift.lift` for what is known and given back.
+    See `edgekit.lift.lift` for what is known and given back. It begins with the layers that make the share `hurting` of the noise.
 
     What was tried is written down after each trial, and forgotten when the search is over.
     """
@@ -153,7 +154,7 @@ def meet(
         _feeds(graph, batches),
         floor,
         ranking=rank(found)[:most],
-        first=how_many_hurt(found),
+        first=how_many_hurt(found, hurting),
         aim=parse_floor(goal.aim),
         metric=metric,
         known=known,

@@ -74,16 +74,11 @@ def deciding(held: BoundData, data: BoundData, calibrating: int, graph: ir.Model
     return feeds + feeds_of(data, graph, 0, more) if more > 0 else feeds
 
 
-def save_deciding(path: Path, data: BoundData, calibrating: int, held: Arrays) -> int:
-    """Write samples that calibrated and judge exports beside those `held` back, while there is room; returns how many, none where these
-    calibrated too.
-    """
-    if _all_calibrate(data, calibrating):
-        return 0
-    rows = max(map(len, held.values()), default=0) * _at_a_time(data)
+def save_deciding(path: Path, data: BoundData, most: int, held: Arrays) -> int:
+    """Write the first samples, which calibrated, to judge exports by beside those `held` back, while there is room; returns how many."""
     room = STORED_BYTES - sum(array.nbytes for array in held.values())
-    joined = _Joined(data, least=0, most=min(calibrating, MOST_DECIDING - rows), size=room)
-    count = joined.fill(0)
+    joined = _Joined(data, least=0, most=most, size=room)
+    count = joined.fill(0) if most > 0 else 0
     if count:
         save_arrays(path, joined.arrays)
     return count

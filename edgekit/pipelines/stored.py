@@ -22,13 +22,21 @@ _AGAIN = "run `edgekit compress` again"
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A compressed model: its folder, record, annotated graph, held-back samples, and some that calibrated and judge exports too."""
+    """A compressed model: its folder, record, annotated graph and held-back samples."""
 
     folder: Path
     record: Compressed
     model: ir.Model
     held_back: BoundData
-    calibrated: BoundData | None
+
+    def deciding(self) -> list[BoundData]:
+        """The samples that decisions are compared on: those held back, and some that calibrated.
+
+        Raises:
+            OutputError: they are not there, or cannot be read.
+        """
+        calibrated = [_samples(self.folder / DECIDING, self.model)] if self.record.deciding else []
+        return [self.held_back, *calibrated]
 
 
 def open_stored(folder: Path) -> Stored:
@@ -39,9 +47,7 @@ def open_stored(folder: Path) -> Stored:
     """
     record = read_compressed(folder)
     model = load_annotated(folder / MODEL)
-    held_back = _samples(folder / HELD_BACK, model)
-    calibrated = _samples(folder / DECIDING, model) if record.deciding else None
-    return Stored(folder, record, model, held_back, calibrated)
+    return Stored(folder, record, model, _samples(folder / HELD_BACK, model))
 
 
 def _samples(path: Path, model: ir.Model) -> BoundData:
