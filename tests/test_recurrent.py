@@ -157,6 +157,32 @@ def test_weights_of_a_memory_are_ranked_like_layers_where_they_are_codes(
     np.testing.assert_array_equal(output(lower_qdq(model, rules, keep_float=others | {"memory"}), data), expected)
 
 
+def test_an_output_of_which_only_the_size_is_read_is_not_where_a_memory_shows(tmp_path: Path) -> None:
+    """As exports do that compute sizes: its sequence goes into a Shape, its last state into the head."""
+    build = GraphBuilder(opset=17, seed=4)
+    x = build.input("x", ["t", "n", INPUTS])
+    weights = [build.weight("W", 1, 4 * HIDDEN, INPUTS), build.weight("R", 1, 4 * HIDDEN, HIDDEN)]
+    outputs = build.op("LSTM", [x, *weights], "memory", outputs=2, hidden_size=HIDDEN)
+    size = build.op("Shape", [outputs[0]], "size")
+    steps = build.op("Gather", [size, build.constant("first", np.array([0]))], "steps")
+    head = build.op("MatMul", [outputs[1], build.weight("V", HIDDEN, 5)], "head")
+    onnx.save(
+        build.proto(
+            build.op(
+                "Tile",
+                [head, build.op("Concat", [steps, build.constant("ones", np.array([1, 1]))], "times", axis=0)],
+                "all",
+            )
+        ),
+        tmp_path / "net.onnx",
+    )
+    data = {"x": normal(12, 64, INPUTS)}
+    edgekit.compress(tmp_path / "net.onnx", tmp_path / "out", calibration=calls(data), proxy="none")
+    model = load_annotated(tmp_path / "out/model.onnx")
+    found = {layer.name: layer for layer in sensitivity(model, load_target("portable"), [data])}
+    assert 20 < found["memory"].output_sqnr_db < 100
+
+
 def test_a_memory_that_hurts_is_left_in_float(tmp_path: Path) -> None:
     data = sequence_net(tmp_path)
     record = edgekit.compress(
