@@ -86,12 +86,20 @@ def test_samples_that_calibrated_are_stored_as_far_as_there_is_room(
     data, _ = given(40, 8)
     held = {"x": np.zeros((8, 8), np.float32)}
     monkeypatch.setattr(split, "STORED_BYTES", (8 + 20) * 32)
-    assert split.save_deciding(tmp_path / "some.npz", data, 32, held) == 16
-    assert split.save_deciding(tmp_path / "asked.npz", data, 8, held) == 8
+    assert split.save_deciding(tmp_path / "some.npz", data, 32, 32, held) == 16
+    assert split.save_deciding(tmp_path / "asked.npz", data, 32, 8, held) == 8
     with np.load(tmp_path / "some.npz") as archive:
         assert archive["x"].shape == (16, 8)
-    assert split.save_deciding(tmp_path / "none.npz", data, 0, held) == 0
+    assert split.save_deciding(tmp_path / "none.npz", data, 32, 0, held) == 0
     assert not (tmp_path / "none.npz").exists()
+
+
+def test_those_held_back_are_not_stored_twice(tmp_path: Path) -> None:
+    """However many are asked for: of sequences, whose steps come first, more are counted than there are."""
+    data, _ = given(40, 8)
+    held = {"x": np.zeros((8, 8), np.float32)}
+    assert split.save_deciding(tmp_path / "some.npz", data, 32, 1000, held) == 32
+    assert split.save_deciding(tmp_path / "none.npz", data, 40, 1000, held) == 0
 
 
 def test_samples_that_cannot_be_read_are_named(tmp_path: Path) -> None:

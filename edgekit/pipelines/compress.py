@@ -305,7 +305,7 @@ def _write(
     with replaced_files(out, COMPRESSED) as stage:
         save_annotated(graph, stage / MODEL)
         save_arrays(stage / HELD_BACK, loaded.verifying)
-        more = save_deciding(stage / DECIDING, loaded.data, judging, loaded.verifying)
+        more = save_deciding(stage / DECIDING, loaded.data, loaded.calibrating.stop, judging, loaded.verifying)
         remark = tuning.store(stage / PRUNED) if tuning else ""
         notes = (*record.notes, *([remark] if remark else []))
         record = record.model_copy(update={"model_sha256": sha256(stage / MODEL), "deciding": more, "notes": notes})

@@ -74,11 +74,16 @@ def deciding(held: BoundData, data: BoundData, calibrating: int, graph: ir.Model
     return feeds + feeds_of(data, graph, 0, more) if more > 0 else feeds
 
 
-def save_deciding(path: Path, data: BoundData, most: int, held: Arrays) -> int:
-    """Write the first samples, which calibrated, to judge exports by beside those `held` back, while there is room; returns how many."""
+def save_deciding(path: Path, data: BoundData, calibrating: int, most: int, held: Arrays) -> int:
+    """Write `most` of the first `calibrating` samples, to judge exports by beside those `held` back, while there is room; returns how many.
+
+    None where those that are held back calibrated too.
+    """
+    if most <= 0 or _all_calibrate(data, calibrating):
+        return 0
     room = STORED_BYTES - sum(array.nbytes for array in held.values())
-    joined = _Joined(data, least=0, most=most, size=room)
-    count = joined.fill(0) if most > 0 else 0
+    joined = _Joined(data, least=0, most=min(most, calibrating), size=room)
+    count = joined.fill(0)
     if count:
         save_arrays(path, joined.arrays)
     return count
