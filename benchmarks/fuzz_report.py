@@ -42,7 +42,8 @@ def report(graphs: Sequence[Graph], seed: int) -> str:
             f"Runtime refuses), {dynamic} of them open sizes; {', '.join(f'{n} are {kind}' for kind, n in kinds.most_common())}.\n",
             _stages(valid),
             "`right`: computes what the source does (float graphs), what the simulation does (lowered graphs), or within 10 dB of float "
-            "(`near float`, ranges of EasyQuant apart: it looks for the greatest cosine, which does not see a common gain). "
+            "(`near float`; not asked of EasyQuant, which looks for the greatest cosine and does not see a common gain, "
+            "nor of a moving average, which cuts off what single samples reach). "
             "`refused`: with a message. `wrong`: something else was computed, or what was given was changed. `crashed`: "
             "any other exception. Every tenth graph is compressed and exported to the runtimes, and built for TensorRT.\n",
             "## Wrong, crashed\n",
