@@ -144,6 +144,13 @@ def test_the_more_is_lost_the_more_layers_are_tried_first(before: float, share: 
     assert decision.hurting(before) == pytest.approx(share)
 
 
+@pytest.mark.parametrize(("before", "share"), [(10.0, 0.9), (0.0, 0.99), (20.0, 0.0), (25.0, 0.0)])
+def test_of_signals_the_noise_above_the_floor_has_to_go(before: float, share: float) -> None:
+    """10 dB too few are nine tenths of the energy."""
+    decision = Decision(None, lambda run: Metric(name="", value=before), 20.0, "180", "180", 20.0, 16)
+    assert decision.hurting(before) == pytest.approx(share)
+
+
 def test_a_floor_in_decibels_stays(tmp_path: Path) -> None:
     """Where outputs hold no decision."""
     net = Net(seed=3)
@@ -155,6 +162,7 @@ def test_a_floor_in_decibels_stays(tmp_path: Path) -> None:
     decision = what_is_expected(open_stored(tmp_path / "out"), judged=True).decision
     assert decision is not None and decision.proxy is None
     assert decision.floor == 20
+    assert decision.samples == 16, "of 80: energies of noise scatter little"
 
 
 def test_held_back_samples_need_not_show_the_decision(tmp_path: Path) -> None:

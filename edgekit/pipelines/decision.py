@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,9 @@ BUDGET_S = 120.0
 """For looking for layers to leave in float that nobody asked for."""
 RANKED_BY = 8
 """The most samples that tell which layers hurt: nobody asked for the numbers, only their order counts."""
+COMPARED = 16
+"""The most samples whose outputs are compared as signals: energies of noise scatter less than decisions, and slow models have time for
+few of many."""
 FEW_BOXES = 100
 """Of fewer, a share of 0.98 is a guess."""
 SQNR = "SQNR of the outputs (dB)"
@@ -96,8 +100,11 @@ class Decision:
 
     def hurting(self, before: float) -> float:
         """The share of the noise that has to go: decisions are lost about as often as it is large, which is the root of its energy."""
-        lost = 1 - before
-        return MOST if self.proxy is None or lost <= 0 else max(0.0, 1 - ((1 - self.aimed) / lost) ** 2)
+        if self.float_metric is not None:
+            return MOST
+        if self.proxy is None:
+            return max(0.0, 1 - 10 ** ((before - self.aimed) / 10))
+        return max(0.0, 1 - ((1 - self.aimed) / (1 - before)) ** 2) if before < 1 else MOST
 
     def judge(self, graph: ir.Model, rules: Target) -> float:
         """What the simulation of the annotated graph is worth."""
@@ -127,7 +134,6 @@ def open_decision(
         proxy = choose_proxy(floats, feeds, kind)
     else:
         proxy = Proxy(known.kind, known.outputs) if known.kind else None
-    count = sum(next((len(array) for array in batch.values() if array.ndim), 1) for batch in feeds)
     if proxy is not None:
         floats = [{name: batch[name] for name in proxy.outputs} for batch in floats]  # the others may be large
         evaluate, decisions = open_proxy(proxy, feeds, floats), count_decisions(proxy, floats)
@@ -138,15 +144,29 @@ def open_decision(
             _points(FLOOR),
             _points(AIM),
             AIM,
-            count,
+            _count(feeds),
             decisions=decisions,
             shares=are_shares(proxy, floats),
         )
     if not any(array.dtype.kind == "f" for array in floats[0].values()):
         return None
+    feeds = _first(feeds, COMPARED)
     judge = judge_outputs(graph, feeds, cosine=False)
     lost = f"{LARGEST_DB - FLOOR_DB:g}"
-    return Decision(None, lambda run: Metric(name=SQNR, value=judge(run)), FLOOR_DB, lost, lost, FLOOR_DB, count)
+    return Decision(
+        None, lambda run: Metric(name=SQNR, value=judge(run)), FLOOR_DB, lost, lost, FLOOR_DB, _count(feeds)
+    )
+
+
+def _count(feeds: Iterable[Arrays]) -> int:
+    """How many samples they are."""
+    return sum(next((len(array) for array in batch.values() if array.ndim), 1) for batch in feeds)
+
+
+def _first(feeds: Sequence[Arrays], most: int) -> Sequence[Arrays]:
+    """The first batches, of no more than so many samples; one at least."""
+    sizes = accumulate(_count([batch]) for batch in feeds)
+    return feeds[: max(1, sum(size <= most for size in sizes))]
 
 
 def beside_all(decision: Decision | None, stored: Stored) -> Decision | None:
