@@ -62,6 +62,26 @@ class Known:
     before: float
 
 
+@dataclass(frozen=True, slots=True)
+class Search:
+    """How the fewest layers are looked for.
+
+    Attributes:
+        first: how many of the ranking are thought to be enough; see `edgekit.sensitivity.how_many_hurt`.
+        aim: more than the floor, of its kind: gone for, and taken where it needs no more than `WORTH` times as many layers.
+        known: what the metric says of the float model, and of the model with nothing lifted, where somebody has asked already.
+        give_back: take the second step of `lift`. Not for decisions on few samples: who asks that often finds a set that decides
+            rightly by chance.
+        budget_s: seconds.
+    """
+
+    first: int = 1
+    aim: Floor | None = None
+    known: Known | None = None
+    give_back: bool = True
+    budget_s: float = math.inf
+
+
 def parse_floor(text: str) -> Floor:
     """What `--max-drop` says: "0.5" (points of the metric), "30dB" (SQNR of the outputs) or "cos0.999" (their cosine).
 
@@ -87,12 +107,8 @@ def lift(
     floor: Floor,
     *,
     ranking: Sequence[str],
-    first: int = 1,
-    aim: Floor | None = None,
+    search: Search = Search(),
     metric: Evaluate | None = None,
-    known: Known | None = None,
-    give_back: bool = True,
-    time_budget_s: float = math.inf,
     state: LiftState | None = None,
     on_trial: Callable[[LiftState], None] | None = None,
     threads: int = 0,
@@ -113,12 +129,8 @@ def lift(
         batches: feeds on which outputs are compared with float; not read for points of a metric.
         floor: the goal.
         ranking: names of nodes, the worst first; see `edgekit.sensitivity.rank`.
-        first: how many of them are thought to be enough; see `edgekit.sensitivity.how_many_hurt`.
-        aim: more than the floor, of its kind: gone for, and taken where it needs no more than `WORTH` times as many layers.
+        search: where to begin, what to go for, and for how long.
         metric: the user's; needed for a floor in points.
-        known: what that says of the float model, and of the model with nothing lifted, where somebody has asked already.
-        give_back: take step 2. Not for decisions on few samples: who asks that often finds a set that decides rightly by chance.
-        time_budget_s: seconds.
         state: of an earlier search; what it tried is not tried again, unless the model, the target or the samples are others.
         on_trial: given the state after each trial, to be stored.
         threads: of inference; 0 lets ONNX Runtime choose.
@@ -128,6 +140,7 @@ def lift(
         DataError: a floor in points without a metric, one in dB or as a cosine without batches, or the metric fails.
         GraphError: no output of the model is a float.
     """
+    known = search.known
     judge = _by_metric(floor, metric) if floor.kind == "points" else _by_outputs(model, floor, batches, threads)
     key = _key(model, target, floor, batches if floor.kind != "points" else ())
     float_value = None
@@ -141,26 +154,26 @@ def lift(
     def value_of(lifted: frozenset[str]) -> float:
         return judge(Session(lower_qdq(model, target, keep_float=lifted), optimize=True, threads=threads).run)
 
-    aimed = max(needed, (aim or floor).needed(float_value))
-    search = _Search(
-        key, value_of, needed, aimed, time_budget_s, on_trial, on_progress, tried, _estimate(len(ranking)), give_back
+    aimed = max(needed, (search.aim or floor).needed(float_value))
+    trials = _Trials(
+        key, value_of, needed, aimed, search.budget_s, on_trial, on_progress, tried, _estimate(len(ranking))
     )
     try:
-        search.find(ranking, first)
+        trials.find(ranking, search)
         finished = True
     except _TimeIsUp:
         finished = False
-    best = search.best()
+    best = trials.best()
     return Lifted(
         floor=str(floor),
-        met=search.known[best] >= needed,
+        met=trials.known[best] >= needed,
         float_value=float_value,
         needed=needed,
-        before=search.known[frozenset()],
-        after=search.known[best],
+        before=trials.known[frozenset()],
+        after=trials.known[best],
         lifted=tuple(name for name in ranking if name in best),
         finished=finished,
-        state=search.state(),
+        state=trials.state(),
     )
 
 
@@ -178,30 +191,29 @@ class _TimeIsUp(Exception):
 
 
 @dataclass(slots=True)
-class _Search:
-    """The trials, and what they may cost; they go for what is `aimed` at, and `needed` will do."""
+class _Trials:
+    """What was tried, and what they may cost; they go for what is `aimed` at, and `needed` will do."""
 
     key: str
     value_of: Callable[[frozenset[str]], float]
     needed: float
     aimed: float
-    time_budget_s: float
+    budget_s: float
     on_trial: Callable[[LiftState], None] | None
     on_progress: Progress
     known: dict[frozenset[str], float]
     expected: int
-    give_back: bool
     start: float = field(default_factory=time.monotonic)
     longest: float = 0.0
 
-    def find(self, ranking: Sequence[str], first: int) -> None:
+    def find(self, ranking: Sequence[str], search: Search) -> None:
         """Try sets until the smallest that such a search finds is known: for the aim or, where that is not worth it, for the floor."""
         least = self.aimed
-        count = self._first_of(ranking, first, least)
+        count = self._first_of(ranking, search.first, least)
         if self.known[self.best()] < self.aimed:
             least = self.needed
-            count = self._first_of(ranking, first, least)
-        if count and self.give_back:
+            count = self._first_of(ranking, search.first, least)
+        if count and search.give_back:
             self._give_back(list(ranking[:count]), least)
 
     def _first_of(self, ranking: Sequence[str], first: int, least: float) -> int | None:
@@ -235,7 +247,7 @@ class _Search:
         wanted = frozenset(lifted)
         if wanted not in self.known:
             begin = time.monotonic()
-            if frozenset() in self.known and begin - self.start + self.longest > self.time_budget_s:
+            if frozenset() in self.known and begin - self.start + self.longest > self.budget_s:
                 raise _TimeIsUp
             self.known[wanted] = self.value_of(wanted)
             self.longest = max(self.longest, time.monotonic() - begin)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -13,7 +12,7 @@ import edgekit
 from edgekit.errors import DataError
 from edgekit.graph.annotations import annotated_values, get_params, set_params
 from edgekit.graph.io import save_onnx
-from edgekit.lift import Floor, Known, keep_float, lift, parse_floor
+from edgekit.lift import Floor, Known, Search, keep_float, lift, parse_floor
 from edgekit.lowering.qdq import lower_qdq
 from edgekit.method import Method
 from edgekit.metric import Evaluate, Runner
@@ -118,12 +117,14 @@ def test_it_ends_within_its_time_with_the_best_so_far(model: ir.Model, batches: 
         return plain(run)
 
     start = time.monotonic()
-    found = lift(bad, PORTABLE, [], Floor("points", 5), ranking=LAYERS, metric=slow, time_budget_s=1.0, threads=1)
+    found = lift(
+        bad, PORTABLE, [], Floor("points", 5), ranking=LAYERS, search=Search(budget_s=1.0), metric=slow, threads=1
+    )
     assert time.monotonic() - start < 6
     assert not found.finished
     assert 1 <= len(found.state.trials) <= 3
     assert found.after == max(trial.value for trial in found.state.trials)
-    at_once = lift(bad, PORTABLE, batches, Floor("dB", 25), ranking=LAYERS, time_budget_s=0.0, threads=1)
+    at_once = lift(bad, PORTABLE, batches, Floor("dB", 25), ranking=LAYERS, search=Search(budget_s=0.0), threads=1)
     assert (at_once.finished, at_once.lifted, len(at_once.state.trials)) == (False, (), 1)
 
 
@@ -270,8 +271,8 @@ def test_more_than_the_floor_is_taken_where_it_costs_little(model: ir.Model, bat
     bad = coarse(model, "a2", "c1")
     ranking = ("a2", "c1", *(name for name in LAYERS if name not in ("a2", "c1")))
 
-    def lifted(least: float, **options: Any) -> Lifted:
-        return lift(bad, PORTABLE, batches, Floor("dB", least), ranking=ranking, threads=1, **options)
+    def lifted(least: float, aim: Floor | None = None) -> Lifted:
+        return lift(bad, PORTABLE, batches, Floor("dB", least), ranking=ranking, search=Search(aim=aim), threads=1)
 
     both = lifted(25)
     values = {trial.lifted: trial.value for trial in both.state.trials}
@@ -287,7 +288,7 @@ def test_what_the_ranking_has_before_a_bad_layer_need_not_be_given_back(
 ) -> None:
     """Sets that are tried until one decides rightly by chance are no better for it."""
     bad, ranking = coarse(model, "c1"), ("a1", "b1", "c1", "b2", "a2")
-    first = lift(bad, PORTABLE, batches, Floor("dB", 20), ranking=ranking, give_back=False, threads=1)
+    first = lift(bad, PORTABLE, batches, Floor("dB", 20), ranking=ranking, search=Search(give_back=False), threads=1)
     assert first.met and first.finished and first.lifted == ("a1", "b1", "c1")
     assert lift(bad, PORTABLE, batches, Floor("dB", 20), ranking=ranking, threads=1).lifted == ("c1",)
 
@@ -298,10 +299,11 @@ def test_where_no_set_reaches_the_aim_the_fewest_for_the_floor_are_found(
     """The two bad layers rank last of five; the others of the model cannot be left in float."""
     bad, ranking = coarse(model, "a2", "c1"), ("a1", "b1", "b2", "a2", "c1")
     aim = Floor("dB", 150)
-    found = lift(bad, PORTABLE, batches, Floor("dB", 25), ranking=ranking, aim=aim, threads=1)
+    found = lift(bad, PORTABLE, batches, Floor("dB", 25), ranking=ranking, search=Search(aim=aim), threads=1)
     assert found.met and found.finished and found.lifted == ("a2", "c1")
     ranking = ("a2", "c1", "a1", "b1", "b2")
-    found = lift(bad, PORTABLE, batches, Floor("dB", 25), ranking=ranking, first=5, aim=aim, give_back=False, threads=1)
+    search = Search(first=5, aim=aim, give_back=False)
+    found = lift(bad, PORTABLE, batches, Floor("dB", 25), ranking=ranking, search=search, threads=1)
     assert found.met and found.finished and found.lifted == ("a2", "c1")
 
 
@@ -315,7 +317,7 @@ def test_what_is_known_is_not_asked_again(model: ir.Model, batches: list[dict[st
 
     whole = lift(bad, PORTABLE, [], Floor("points", 5), ranking=LAYERS, metric=counted, threads=1)
     first = len(asked)
-    known = Known(of_float=whole.float_value or 0.0, before=whole.before)
-    again = lift(bad, PORTABLE, [], Floor("points", 5), ranking=LAYERS, metric=counted, known=known, threads=1)
+    search = Search(known=Known(of_float=whole.float_value or 0.0, before=whole.before))
+    again = lift(bad, PORTABLE, [], Floor("points", 5), ranking=LAYERS, search=search, metric=counted, threads=1)
     assert len(asked) - first == first - 2
     assert again == whole

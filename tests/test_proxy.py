@@ -426,5 +426,16 @@ def test_few_boxes_are_told() -> None:
     assert count_decisions(proxy, [table, table]) == 2 * found > 0
     record = ProxyRecord(name="F1 of boxes", kind="boxes", floor=0.98, before=1.0, after=1.0, decisions=29)
     [note] = decision_notes(record)
-    assert "29 boxes only, so that each counts 3.4 points" in note
+    assert "29 boxes only, so that each counts up to 3.4 points" in note
     assert not list(decision_notes(record.model_copy(update={"decisions": 200})))
+
+
+def test_few_samples_are_told_where_each_is_right_or_wrong(bad: tuple[Path, Outputs], tmp_path: Path) -> None:
+    """Not of cosines and masks, whose shares have no steps."""
+    path, data = bad
+    few = {name: array[:48] for name, array in data.items()}
+    record = edgekit.compress(path, tmp_path / "out", calibration=few, method=PLAIN).record
+    assert record.proxy is not None and record.proxy.kind == "argmax"
+    [note] = [note for note in record.notes if "judged by" in note]
+    assert "is judged by 48 samples only, so that each counts up to 2.1 points" in note
+    assert not list(decision_notes(record.proxy.model_copy(update={"kind": "cosine", "after": 1.0})))

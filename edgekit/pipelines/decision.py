@@ -22,7 +22,7 @@ from edgekit.graph.sizes import give_back
 from edgekit.lift import Floor, Known, judge_outputs
 from edgekit.lowering.qdq import lower_qdq
 from edgekit.metric import Evaluate
-from edgekit.pipelines.floor import explain, make_goal, meet
+from edgekit.pipelines.floor import Goal, explain, make_goal, meet
 from edgekit.pipelines.quantize import Calibrating
 from edgekit.pipelines.sources import input_specs
 from edgekit.pipelines.stored import Stored
@@ -50,8 +50,10 @@ RANKED_BY = 8
 COMPARED = 16
 """The most samples whose outputs are compared as signals: energies of noise scatter less than decisions, and slow models have time for
 few of many."""
-FEW_BOXES = 100
+FEW_DECISIONS = 100
 """Of fewer, a share of 0.98 is a guess."""
+RIGHT_OR_WRONG = {"boxes": "boxes"} | dict.fromkeys(("equal", "text", "threshold", "argmax"), "samples")
+"""What is counted where a decision is the same as the float model's or another, by the kind of proxy."""
 SQNR = "SQNR of the outputs (dB)"
 
 
@@ -234,25 +236,22 @@ def settle(
         found = explain(seen, rules, calibrating, on_progress, samples=samples, focus=decision.focus) if seen else ()
         if found:
             left = max(budget_s - (time.monotonic() - begin), budget_s / 4)
-            goal = make_goal(decision.floor_text, left, out, has_metric=True, aim=decision.aim)
-            most = None if before < decision.floor else FEW_LAYERS
-            known, certain = decision.known(before), decision.proxy is None
-            graph, lifted = meet(
-                graph,
-                rules,
-                goal,
-                found,
-                calibrating,
-                decision.evaluate,
-                on_progress,
-                known=known,
-                give_back=certain,
-                hurting=decision.hurting(before),
-                most=most,
-            )
-            after = lifted.after if known else decision.judge(graph, rules)
-            lifted = lifted if lifted.lifted or most is None else None
+            goal = _goal(decision, before, make_goal(decision.floor_text, left, out, has_metric=True, aim=decision.aim))
+            graph, lifted = meet(graph, rules, goal, found, calibrating, decision.evaluate, on_progress)
+            after = lifted.after if goal.known else decision.judge(graph, rules)
+            lifted = lifted if lifted.lifted or goal.most is None else None
     return graph, lifted, _record(decision, before, after)
+
+
+def _goal(decision: Decision, before: float, goal: Goal) -> Goal:
+    """The same goal, with how a decision's layers are looked for, where it is worth `before` with none in float."""
+    return replace(
+        goal,
+        known=decision.known(before),
+        give_back=decision.proxy is None,
+        hurting=decision.hurting(before),
+        most=None if before < decision.floor else FEW_LAYERS,
+    )
 
 
 def settle_target(
@@ -327,10 +326,10 @@ def _record(decision: Decision, before: float, after: float) -> ProxyRecord:
 
 def decision_notes(record: ProxyRecord | None) -> Iterator[str]:
     """What to tell of it: nothing where all is well."""
-    if record is not None and record.kind == "boxes" and record.decisions < FEW_BOXES:
+    if record is not None and record.kind in RIGHT_OR_WRONG and record.decisions < FEW_DECISIONS:
         yield (
-            f"{record.name} is judged by {record.decisions} boxes only, so that each counts {100 / max(record.decisions, 1):.1f} points: "
-            "--evaluate makes it surer, or more samples of --calibration"
+            f"{record.name} is judged by {record.decisions} {RIGHT_OR_WRONG[record.kind]} only, so that each counts up to "
+            f"{100 / max(record.decisions, 1):.1f} points: --evaluate makes it surer, or more samples of --calibration"
         )
     if record is not None and record.after < record.floor:
         yield (

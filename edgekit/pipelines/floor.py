@@ -19,7 +19,7 @@ from edgekit.errors import DataError, OutputError
 from edgekit.graph.annotations import get_params
 from edgekit.graph.operators import Roles
 from edgekit.graph.rules import quantized_nodes
-from edgekit.lift import Known, keep_float, lift, parse_floor
+from edgekit.lift import Known, Search, keep_float, lift, parse_floor
 from edgekit.metric import Evaluate
 from edgekit.output import write_text
 from edgekit.pipelines.quantize import Calibrating
@@ -40,19 +40,26 @@ DEFAULT_BUDGET_S = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What was asked for.
+    """What was asked for, and how it is looked for.
 
     Attributes:
         max_drop: see `edgekit.lift.parse_floor`.
         budget_s: seconds for the search.
         state: file in which an interrupted search is remembered.
-        aim: the same for what the search goes for, if it is worth it; see `edgekit.lift.lift`.
+        aim: the same as `max_drop` for what the search goes for, if it is worth it.
+        known, give_back: see `edgekit.lift.Search`.
+        hurting: it begins with the layers that make this share of the noise.
+        most: no more than so many of the worst layers are lifted; None is no limit.
     """
 
     max_drop: str
     budget_s: float
     state: Path
     aim: str
+    known: Known | None = None
+    give_back: bool = True
+    hurting: float = MOST
+    most: int | None = None
 
 
 def make_goal(max_drop: str, budget_s: float | None, out: Path, *, has_metric: bool, aim: str = "") -> Goal:
@@ -131,19 +138,14 @@ def meet(
     batches: Calibrating,
     metric: Evaluate | None,
     on_progress: Progress,
-    *,
-    known: Known | None = None,
-    give_back: bool = True,
-    hurting: float = MOST,
-    most: int | None = None,
 ) -> tuple[ir.Model, Lifted]:
-    """The `graph` with the layers left in float that `goal` takes, `most` of the worst of them at most, and the search's record.
-
-    See `edgekit.lift.lift` for what is known and given back. It begins with the layers that make the share `hurting` of the noise.
+    """The `graph` with the layers left in float that `goal` takes, and the search's record.
 
     What was tried is written down after each trial, and forgotten when the search is over.
     """
-    floor = parse_floor(goal.max_drop)
+    search = Search(
+        how_many_hurt(found, goal.hurting), parse_floor(goal.aim), goal.known, goal.give_back, goal.budget_s
+    )
 
     def remember(state: LiftState) -> None:
         write_text(goal.state, json.dumps(state.model_dump(mode="json")) + "\n")
@@ -152,14 +154,10 @@ def meet(
         graph,
         rules,
         _feeds(graph, batches),
-        floor,
-        ranking=rank(found)[:most],
-        first=how_many_hurt(found, hurting),
-        aim=parse_floor(goal.aim),
+        parse_floor(goal.max_drop),
+        ranking=rank(found)[: goal.most],
+        search=search,
         metric=metric,
-        known=known,
-        give_back=give_back,
-        time_budget_s=goal.budget_s,
         state=_remembered(goal.state),
         on_trial=remember,
         on_progress=on_progress,
