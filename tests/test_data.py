@@ -548,11 +548,14 @@ def test_examples_come_before_inputs_are_known(tmp_path: Path) -> None:
     assert image.shape == (1, 3, 6, 8) and image.dtype == np.float32
 
 
-def test_the_digits_are_real_balanced_and_made_again_byte_for_byte(tmp_path: Path) -> None:
+def test_the_digits_are_real_balanced_and_made_again(tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     script = DIGITS.parent / "make_digits.py"
     subprocess.run([sys.executable, script, tmp_path / "again.npz"], check=True, timeout=120)
-    assert (tmp_path / "again.npz").read_bytes() == DIGITS.read_bytes()
+    # Not the bytes: Pythons differ in the headers of zip files.
+    with np.load(tmp_path / "again.npz") as again, np.load(DIGITS) as kept:
+        assert list(again) == list(kept)
+        assert all(again[name].dtype == kept[name].dtype and (again[name] == kept[name]).all() for name in kept)
     data = open_data(DIGITS)
     assert data.size == 256 and data.labelled
     batch = next(data.bind([spec("image", "float32", None, 1, 8, 8)]).batches(256))

@@ -14,8 +14,9 @@ from edgekit.data import BoundData, open_data
 from edgekit.errors import OutputError
 from edgekit.graph.io import save_onnx
 from edgekit.graph.run import Session
+from edgekit.pipelines import decision as judging
 from edgekit.pipelines import split
-from edgekit.pipelines.decision import Decision
+from edgekit.pipelines.decision import Decision, open_decision
 from edgekit.pipelines.expected import what_is_expected
 from edgekit.pipelines.sources import input_specs
 from edgekit.pipelines.split import MOST_DECIDING, deciding
@@ -162,7 +163,15 @@ def test_a_floor_in_decibels_stays(tmp_path: Path) -> None:
     decision = what_is_expected(open_stored(tmp_path / "out"), judged=True).decision
     assert decision is not None and decision.proxy is None
     assert decision.floor == 20
-    assert decision.samples == 16, "of 80: energies of noise scatter little"
+
+
+def test_of_slow_models_fewer_signals_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "COMPARING_S", 1e-9)
+    net = Net(seed=3)
+    graph = net.model(net.conv(net.input("x", ["n", 3, 6, 6]), "a", 3, 4))
+    feeds = [{"x": np.zeros((8, 3, 6, 6), np.float32)}] * 5
+    decision = open_decision(graph, feeds)
+    assert decision is not None and decision.proxy is None and decision.samples == 16
 
 
 def test_held_back_samples_need_not_show_the_decision(tmp_path: Path) -> None:

@@ -47,9 +47,9 @@ BUDGET_S = 120.0
 """For looking for layers to leave in float that nobody asked for."""
 RANKED_BY = 8
 """The most samples that tell which layers hurt: nobody asked for the numbers, only their order counts."""
-COMPARED = 16
-"""The most samples whose outputs are compared as signals: energies of noise scatter less than decisions, and slow models have time for
-few of many."""
+COMPARED, COMPARING_S = 16, 5.0
+"""Samples whose outputs are compared as signals, or all that the float model runs in so many seconds, where they are more: a search runs
+them a dozen times."""
 FEW_DECISIONS = 100
 """Of fewer, a share of 0.98 is a guess."""
 RIGHT_OR_WRONG = {"boxes": "boxes"} | dict.fromkeys(("equal", "text", "threshold", "argmax"), "samples")
@@ -130,7 +130,9 @@ def open_decision(
     if kind == NONE:
         return None
     session = Session(graph, optimize=True)
+    begin = time.monotonic()
     floats = [session.run(batch) for batch in feeds]
+    sample_s = (time.monotonic() - begin) / max(1, _count(feeds))
     give_back()
     if known is None:
         proxy = choose_proxy(floats, feeds, kind)
@@ -152,7 +154,7 @@ def open_decision(
         )
     if not any(array.dtype.kind == "f" for array in floats[0].values()):
         return None
-    feeds = _first(feeds, COMPARED)
+    feeds = _first(feeds, max(COMPARED, int(COMPARING_S / sample_s)))
     judge = judge_outputs(graph, feeds, cosine=False)
     lost = f"{LARGEST_DB - FLOOR_DB:g}"
     return Decision(
