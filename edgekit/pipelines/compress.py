@@ -350,11 +350,12 @@ def _notes(
 ) -> Iterator[str]:
     """What the user should know; whether layers were left in float for a floor that was `asked` for makes a difference."""
     judge = record.proxy or record.simulated_metric
+    quantized = any(get_params(value) for value in annotated_values(graph.graph))
     return chain(
         _remarks(graph, rules, loaded, record.method),
         search_notes(record.searched),
         lift_notes(record.lifted, judge.name if judge and not asked else ""),
-        decision_notes(record.proxy),
+        decision_notes(record.proxy) if quantized else (),
         # What was cut or trained is held against the model as it came, which is not the one that a floor was sought from.
         changed_answer(record.lifted, None if record.pruned or record.finetuned else record.float_metric),
         loaded.remarks,
