@@ -101,7 +101,10 @@ class Decision:
         return Known(LARGEST_DB if self.proxy is None else 1.0, before)
 
     def hurting(self, before: float) -> float:
-        """The share of the noise that has to go: decisions are lost about as often as it is large, which is the root of its energy."""
+        """The share of the noise's energy that has to go, as far as it tells.
+
+        Of signals, what is above the floor. Decisions are lost about as often as noise is large, which is the root of its energy.
+        """
         if self.float_metric is not None:
             return MOST
         if self.proxy is None:
