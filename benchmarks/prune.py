@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 from prune_int8 import int8_section
 from prune_minilm import minilm_section
+from prune_one_speed import one_speed_section
 from prune_onnx import onnx_section
 from prune_resnet20 import resnet20_section
 from prune_speed import speed_section
@@ -21,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SECTIONS: dict[str, Callable[[Path, Path], Part]] = {
     "resnet20": resnet20_section,
     "speed": speed_section,
+    "one-speed": one_speed_section,
     "int8": int8_section,
     "minilm": minilm_section,
     "onnx": onnx_section,

@@ -13,7 +13,7 @@ from latency import Effort, Latency, latencies
 from prune_subject import RUNTIMES, fewer, say
 from qat_part import Part, holds
 from scoring import Entry, Feeds
-from subject import Subject, float_entries, prepare
+from subject import Subject, float_entries, here, prepare
 from torch import nn
 
 import edgekit
@@ -50,13 +50,14 @@ def int8_section(zoo: Path, folder: Path) -> Part:
     train(checkpoint, calibration, test)
     network = digits_net().eval()
     network.load_state_dict(torch.load(checkpoint, weights_only=True))
-    whole = _compressed(network, calibration, test, None, folder / "whole")
-    small = _compressed(network, calibration, test, Prune(macs=MACS), folder / "small")
+    targets = {name: here(name, folder) for name in RUNTIMES}
+    whole = _compressed(network, calibration, test, None, folder / "whole", list(targets.values()))
+    small = _compressed(network, calibration, test, Prune(macs=MACS), folder / "small", list(targets.values()))
     with np.load(calibration) as file:
         feeds = {"image": file["image"]}
     rows, claims, pruned = list[_Row](), list[Claim](), _record(small)
-    for target in RUNTIMES:
-        say(f"demo network: {target}")
+    for name, target in targets.items():
+        say(f"demo network: {name}")
         entries = {
             FLOAT: next(float_entries(target, whole.float_model)),
             PRUNED: next(float_entries(target, small.float_model)),
@@ -65,7 +66,7 @@ def int8_section(zoo: Path, folder: Path) -> Part:
         }
         found = _timed(entries, feeds, test)
         rows += found
-        claims += _claims(target, found, feeds)
+        claims += _claims(name, found, feeds)
     note = (
         f"The demo's network on scikit-learn's digits, {fewer(pruned.macs)} MACs, recovered for {RECOVERY.schedule.epochs} epochs on the "
         f"320 calibration images with the unpruned network as teacher: {pruned.before:.4f} as it came, {pruned.cut:.4f} cut, "
@@ -76,13 +77,15 @@ def int8_section(zoo: Path, folder: Path) -> Part:
     return Part("Pruned, then int8", note, heads, list(map(_told, rows)), claims)
 
 
-def _compressed(network: nn.Module, calibration: Path, test: Path, prune: Prune | None, folder: Path) -> Subject:
+def _compressed(
+    network: nn.Module, calibration: Path, test: Path, prune: Prune | None, folder: Path, targets: Sequence[str]
+) -> Subject:
     return prepare(
         lambda out: edgekit.compress(
             network, out, calibration=calibration, evaluate=test, prune=prune, finetune=RECOVERY if prune else None
         ),
         folder,
-        RUNTIMES,
+        targets,
     )
 
 

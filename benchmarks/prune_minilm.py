@@ -15,7 +15,7 @@ from prune_subject import Shape, fewer, say
 from ptq_accuracy import _minilm
 from qat_part import Part, holds
 from scoring import Array
-from subject import in_batches
+from subject import here, in_batches
 from torch import Tensor, nn
 
 import edgekit
@@ -103,11 +103,9 @@ def minilm_section(zoo: Path, folder: Path) -> Part:
     assert record.pruned is not None, "it was pruned"
     rows.append(_row("recovered without labels", _embedded(edgekit.load(out), sentences), reference, sentences))
     made = _exported(out)
-    for target, said in made.items():
-        if not said:
-            rows.append(
-                _row(f"int8, {target}'s graph", _simulated(out / target / MODEL, sentences), reference, sentences)
-            )
+    for target, place in made.items():
+        if isinstance(place, Path):
+            rows.append(_row(f"int8, {target}'s graph", _simulated(place / MODEL, sentences), reference, sentences))
     note = (
         f"A quarter of the heads and of the feed-forward channels of each layer go, by {CRITERION}: {fewer(record.pruned.macs)} MACs, "
         f"{fewer(record.pruned.parameters)} parameters. {RECOVERY.distill.summary if RECOVERY.distill else ''}, from the unpruned network, "
@@ -119,16 +117,16 @@ def minilm_section(zoo: Path, folder: Path) -> Part:
     return Part("MiniLM", note, ["file", "Spearman", "cosine to the unpruned"], told, claims)
 
 
-def _exported(out: Path) -> Mapping[str, str]:
-    """What each target's export failed with; empty where it did not."""
-    found = {}
+def _exported(out: Path) -> Mapping[str, Path | EdgekitError]:
+    """The folder of each target's export, or what it failed with."""
+    found: dict[str, Path | EdgekitError] = {}
     for target in TARGETS:
         say(f"MiniLM: {target}")
         try:
-            edgekit.export(out, target)
-            found[target] = ""
+            [result] = edgekit.export(out, here(target, out.parent))
+            found[target] = result.folder
         except EdgekitError as error:
-            found[target] = str(error)
+            found[target] = error
     return found
 
 
@@ -157,7 +155,7 @@ def _row(label: str, found: Array, reference: Array, sentences: Sentences) -> _R
     return _Row(label, spearman(first, second, sentences.similarity), mean_cosine(found, reference))
 
 
-def _claims(pruned: Pruned, rows: list[_Row], made: Mapping[str, str]) -> Iterator[Claim]:
+def _claims(pruned: Pruned, rows: list[_Row], made: Mapping[str, Path | EdgekitError]) -> Iterator[Claim]:
     by_label = {row.label: row for row in rows}
     outputs = {layer.name: (layer.before[1], layer.after[1]) for layer in pruned.layers}
     for kind, ending in (("heads", "attention.self.query"), ("feed-forward width", "intermediate.dense")):
@@ -169,5 +167,6 @@ def _claims(pruned: Pruned, rows: list[_Row], made: Mapping[str, str]) -> Iterat
     yield holds(
         "label-free recovery brings it nearer to the unpruned", f"{cut:.4f} to {recovered:.4f}", recovered > cut
     )
-    for target, said in made.items():
-        yield holds(f"exports to {target}", said or "exported", not said)
+    for target, place in made.items():
+        good = isinstance(place, Path)
+        yield holds(f"exports to {target}", "exported" if good else str(place), good)

@@ -16,7 +16,7 @@ from prune_subject import RUNTIMES, Shape, fewer, float_entry, resnet20_shape, s
 from prune_torch_resnet50 import torch_resnet50
 from qat_part import Part, holds
 from scoring import Entry
-from subject import X86_ONNXRUNTIME, X86_OPENVINO
+from subject import X86_ONNXRUNTIME, X86_OPENVINO, here
 
 from edgekit.data import open_data
 from edgekit.measure import Ratio
@@ -52,14 +52,14 @@ def speed_section(zoo: Path, folder: Path) -> Part:
     image = np.concatenate([batch.feeds["image"] for batch in resnet50.images(IMAGES, 1)])
     large = Shape("ResNet-50's shape", torch_resnet50(), {"image": image}, IMAGES)
     rows, claims = list[_Row](), list[Claim]()
-    for shape, goal, target in ((small, 1.5, X86_ONNXRUNTIME), (large, 1.8, X86_OPENVINO)):
-        found = _to_a_goal(shape, goal, target, folder / target)
+    for shape, goal, name in ((small, 1.5, X86_ONNXRUNTIME), (large, 1.8, X86_OPENVINO)):
+        found = _to_a_goal(shape, goal, here(name, folder), folder / name)
         rows += found
-        claims += _goal_claims(shape, goal, target, found)
-    for target in RUNTIMES:
-        found = _at_half(small, target, folder / f"half-{target}")
+        claims += _goal_claims(shape, goal, name, found)
+    for name in RUNTIMES:
+        found = _at_half(small, here(name, folder), folder / f"half-{name}")
         rows += found
-        claims.append(_half_claim(target, found))
+        claims.append(_half_claim(name, found))
     note = (
         f"In float, one sample at a time, {EFFORT.rounds} rounds of fresh processes. "
         f'"{UNIFORM}" takes the same share of each layer, with as many MACs left as "{TIMED}"; "{UNROUNDED}" does not round the numbers '
@@ -101,14 +101,15 @@ def _compared(
         places[label] = folder / f"plan{index}"
         found[label] = shape.pruned(plan, places[label], target=target)
     entries = [float_entry(places[label], target, label) for label in found]
-    feeds = _sample(shape)
+    feeds = one_sample(shape)
     subject = next(iter(made), next(iter(plans)))
     times = latencies(entries, subject, feeds, EFFORT, say)
     where = f"{shape.name}, {entries[0].group}"
     return [_Row(where, entry, found[entry.label], times[entry.label]) for entry in entries]
 
 
-def _sample(shape: Shape) -> dict[str, Any]:
+def one_sample(shape: Shape) -> dict[str, Any]:
+    """What is timed."""
     found = open_data(shape.calibration, preprocess=shape.preprocess).examples(1)
     [array] = found.values() if isinstance(found, dict) else found
     return {"image": array[:1]}

@@ -9,7 +9,7 @@ from typing import Any
 import click
 import resnet20
 from scoring import Entry
-from subject import GROUPS, threaded
+from subject import group_of, threaded
 from torch import nn
 
 import edgekit
@@ -75,11 +75,11 @@ class Shape:
 def float_entry(out: Path, target: str, label: str) -> Entry:
     """What `edgekit.compress` left in `out`, without quantization, for one runtime; the files lie beside it."""
     rules = threaded(target)
-    folder = out.parent / f"{out.name}-{target}"
+    folder = out.parent / f"{out.name}-{rules.name}"
     folder.mkdir()
     save_onnx(load_annotated(out / MODEL), folder / MODEL)
     artifact = get_backend(rules.backend).convert(folder / MODEL, rules, folder, precision=FLOAT)
-    return Entry(GROUPS[target], label, artifact, rules)
+    return Entry(group_of(target), label, artifact, rules)
 
 
 def trained_resnet20(zoo: Path) -> nn.Module:

@@ -33,12 +33,12 @@ from scoring import Array, Entry, Feeds, sqnr_db
 from subject import (
     CUDA,
     EVERY_LAYER,
-    GROUPS,
     X86_ONNXRUNTIME,
     X86_OPENVINO,
     Subject,
     float_entries,
     float_outputs,
+    group_of,
     in_batches,
     outputs,
     peer_entries,
@@ -241,10 +241,10 @@ def _minilm_claims(rows: Sequence[Row], wanted: float) -> Iterator[Claim]:
     for target, least in ((X86_ONNXRUNTIME, FASTER_IN_ONNXRUNTIME), (X86_OPENVINO, 1.0)):
         rivals = [
             row
-            for row in _peers(rows, GROUPS[target])
+            for row in _peers(rows, group_of(target))
             if row.scores["Spearman"] >= wanted - MOST_SPEARMAN_LOST_BY_RIVAL
         ]
-        yield from faster_than_fastest(GROUPS[target], rivals, "accurate peer", least)
+        yield from faster_than_fastest(group_of(target), rivals, "accurate peer", least)
 
 
 def _resnet20_entries(subject: Subject, calibration: Sequence[Feeds], folder: Path) -> Iterator[Entry]:
@@ -266,7 +266,7 @@ def _decided(logits: Array, reference: Array, labels: Sequence[int]) -> dict[str
 
 def _resnet20_claims(rows: Sequence[Row]) -> Iterator[Claim]:
     for row in _ours(rows):
-        group, symmetric = row.entry.group, row.entry.group == GROUPS[CUDA]
+        group, symmetric = row.entry.group, row.entry.group == group_of(CUDA)
         same = LEAST_AGREEMENT_SYMMETRIC if symmetric else LEAST_AGREEMENT
         decibel = LEAST_DB_SYMMETRIC if symmetric else LEAST_DB
         yield at_least(

@@ -20,12 +20,12 @@ from ptq_sections import Row, Section, faster_by, faster_than_fastest
 from scoring import Array, Entry, Feeds, sqnr_db
 from subject import (
     EVERY_LAYER,
-    GROUPS,
     X86_ONNXRUNTIME,
     X86_OPENVINO,
     Subject,
     float_entries,
     float_outputs,
+    group_of,
     in_batches,
     outputs,
     peer_entries,
@@ -90,7 +90,7 @@ def _entries(subject: Subject, calibration: Sequence[Feeds], folder: Path) -> It
         yield from float_entries(target, subject.float_model)
         yield tuned.entry(target, OURS)
         yield subject.entry(target, ALL_INT8)
-        _say(f"{GROUPS[target]}: its own quantizer")
+        _say(f"{group_of(target)}: its own quantizer")
         if target == X86_OPENVINO:
             yield from peer_entries(target, openvino_quantized(subject.float_model, calibration, folder))
         else:

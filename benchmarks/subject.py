@@ -14,17 +14,36 @@ import edgekit
 from edgekit.backend import Artifact, get_backend
 from edgekit.graph.io import load_annotated, save_onnx
 from edgekit.graph.run import Session
+from edgekit.lowering.cpu import cpu_saturates
 from edgekit.records import MODEL, Manifest
 from edgekit.target import Target, load_target
 from edgekit.worker import Worker
 
 X86_OPENVINO, X86_ONNXRUNTIME, CUDA = "x86-openvino", "x86-onnxruntime", "cuda-tensorrt"
-GROUPS = {X86_OPENVINO: "OpenVINO", X86_ONNXRUNTIME: "ONNX Runtime", CUDA: "TensorRT, simulated"}
-"""What a target's entries are called."""
+GROUPS = {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime", "tensorrt": "TensorRT, simulated"}
+"""What entries are called, by the backend of their target."""
 EVERY_LAYER = "none"
 """The proxy of all comparisons with peers: no layer is left in float because of what outputs decide."""
 THREADS = 2
 BATCH_SIZES = (1, 8)
+
+
+def group_of(target: str) -> str:
+    """What the entries of a target are called."""
+    return GROUPS[load_target(target).backend]
+
+
+def here(name: str, folder: Path) -> str:
+    """A shipped x86 target as this CPU computes it: without VNNI it is a file in `folder`, with weights of 7 bits."""
+    if not cpu_saturates() or not name.startswith("x86"):
+        return name
+    path = folder / f"{name}-local.toml"
+    path.write_text(
+        f'name = "{name}-local"\nextends = "{name}"\nsummary = "without VNNI"\n'
+        '[device]\nisa = ["avx2"]\n[quantization]\nreduce_range = true\n',
+        encoding="utf-8",
+    )
+    return str(path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +53,7 @@ class Subject:
     Attributes:
         model: the float graph, annotated.
         float_model: the same as a file without annotations: what the peers get.
-        manifests: of the exports, by target.
+        manifests: of the exports, by target as it was asked for.
     """
 
     folder: Path
@@ -45,7 +64,7 @@ class Subject:
     def entry(self, target: str, label: str, *, timed: bool = True) -> Entry:
         """An export as a participant; the one that is simulated is never timed."""
         artifact = exported(self.folder, self.manifests[target])
-        return Entry(GROUPS[target], label, artifact, threaded(target), timed=timed and target != CUDA)
+        return Entry(group_of(target), label, artifact, threaded(target), timed=timed and target != CUDA)
 
 
 def prepare(compress: Callable[[Path], object], folder: Path, targets: Sequence[str]) -> Subject:
@@ -57,7 +76,9 @@ def prepare(compress: Callable[[Path], object], folder: Path, targets: Sequence[
     model = load_annotated(out / MODEL)
     float_model = folder / "float.onnx"
     save_onnx(model, float_model)
-    return Subject(out, model, float_model, {one.manifest.target: one.manifest for one in exports})
+    return Subject(
+        out, model, float_model, {target: one.manifest for target, one in zip(targets, exports, strict=True)}
+    )
 
 
 def exported(folder: Path, manifest: Manifest) -> Artifact:
@@ -67,7 +88,7 @@ def exported(folder: Path, manifest: Manifest) -> Artifact:
 
 
 def threaded(name: str) -> Target:
-    """A shipped target with the number of threads of all comparisons."""
+    """A target with the number of threads of all comparisons."""
     target = load_target(name)
     return target.model_copy(update={"runtime": target.runtime.model_copy(update={"threads": THREADS})})
 
@@ -77,21 +98,21 @@ def float_entries(target: str, float_model: Path) -> Iterator[Entry]:
     rules = threaded(target)
     backend = get_backend(rules.backend)
     for precision in backend.float_precisions(rules):
-        place = float_model.parent / f"{target}-{precision}"
+        place = float_model.parent / f"{rules.name}-{precision}"
         place.mkdir()
         artifact = backend.convert(float_model, rules, place, precision=precision)
-        yield Entry(GROUPS[target], f"float, {precision}", artifact, rules)
+        yield Entry(group_of(target), f"float, {precision}", artifact, rules)
 
 
 def peer_entries(target: str, made: Mapping[str, Artifact], *, timed: int | None = None) -> Iterator[Entry]:
     """What a quantizer of the runtime of `target` made, by label; the first `timed` of them are timed, or all."""
     for index, (label, artifact) in enumerate(made.items()):
-        yield Entry(GROUPS[target], label, artifact, threaded(target), timed=timed is None or index < timed)
+        yield Entry(group_of(target), label, artifact, threaded(target), timed=timed is None or index < timed)
 
 
 def outputs(entry: Entry, batches: Sequence[Feeds]) -> Array:
     """The first output for all samples, from the runtime; or from the lowered graph, where it is simulated."""
-    if entry.group == GROUPS[CUDA]:
+    if entry.group == group_of(CUDA):
         return predict(Session(entry.artifact.path.parent / MODEL, optimize=False).run, batches)
     with Worker(entry.artifact, entry.target) as worker:
         return predict(worker.run, batches)

@@ -16,6 +16,7 @@ from typing import Any
 import click
 import numpy as np
 from numpy.typing import NDArray
+from subject import here
 from tables import setting, table
 from wild_models import MODELS, WildModel
 
@@ -92,7 +93,7 @@ def _exported(
 ) -> dict[str, Any]:
     begin = time.monotonic()
     try:
-        [result] = edgekit.export(folder / "out", _local(name, folder))
+        [result] = edgekit.export(folder / "out", here(name, folder))
     except EdgekitError as error:
         return {"refused": str(error)}
     seconds = time.monotonic() - begin
@@ -122,19 +123,6 @@ def _timed(artifact: Artifact, target: Target, source: Path, feeds: Feeds) -> di
     base, ours = (np.array(timing.bursts) for timing in comparison.timings)
     found = ratio(base, ours)
     return {"ms": float(np.median(ours)), "ratio": [found.median, found.ci_low, found.ci_high]}
-
-
-def _local(name: str, folder: Path) -> str:
-    """A target as this CPU computes it: without VNNI, with weights of 7 bits."""
-    if not cpu_saturates() or not name.startswith("x86"):
-        return name
-    path = folder / f"{name}-local.toml"
-    path.write_text(
-        f'name = "{name}-local"\nextends = "{name}"\nsummary = "without VNNI"\n'
-        '[device]\nisa = ["avx2"]\n[quantization]\nreduce_range = true\n',
-        encoding="utf-8",
-    )
-    return str(path)
 
 
 def _scored(
