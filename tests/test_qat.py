@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import edgekit
 import edgekit.training
-from edgekit.errors import TargetError
+from edgekit.errors import SourceError, TargetError
 from edgekit.graph.annotations import annotated_values, attach, get_params
 from edgekit.graph.io import load_onnx
 from edgekit.graph.run import Session
@@ -245,3 +245,19 @@ def test_binary_weights_need_training(tmp_path: Path) -> None:
         edgekit.compress(
             shaken(Residual()), tmp_path, calibration=normal(8, 3, 12, 12), method=Method(weights="binary")
         )
+
+
+def test_code_that_fixes_the_batch_is_refused_with_what_to_do() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(1, 2, 3), nn.Linear(8, 2)
+
+        def forward(self, image: Tensor) -> Tensor:
+            return self.head(self.conv(image).reshape(len(image), -1))
+
+    image = np.random.default_rng(0).normal(size=(8, 1, 4, 4)).astype(np.float32)
+    with pytest.raises(
+        SourceError, match=r"batches of 1 alone .*'image'.* larger ones, such as \(8, 1, 4, 4\); .*len\(\)"
+    ):
+        prepare_qat(Fixed(), {"image": image})

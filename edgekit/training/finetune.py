@@ -27,6 +27,7 @@ from edgekit.training.checkpoint import copied, evaluating
 from edgekit.training.distill import task_loss
 from edgekit.training.forward import named_tensors
 from edgekit.training.loop import Trained, train
+from edgekit.training.memory_format import channels_last
 from edgekit.training.prune.sparsity import Masks
 from edgekit.training.qat import TRACED_WITH, prepare_qat
 from edgekit.training.resume import digest
@@ -86,12 +87,13 @@ def finetune(
     start = measure(student) if measure and plan.qat else before
     data = open_data_for(plan, module, calibration, preprocess, on_progress)
     [batch] = first_batches(data, plan, 1)
-    labelled = LABELS in batch
-    distiller = _distiller(plan, pairs, student, teacher, batch, labelled=labelled)
+    inputs = {name: tensor for name, tensor in batch.items() if name != LABELS}
+    distiller = _distiller(plan, pairs, student, teacher, inputs, labelled=LABELS in batch)
     on_step: tuple[Callable[[int, int], None], ...] = (freezing(student, plan.freeze),)
     if masks is not None and gradually:
         on_step = (*on_step, masks.gradually(student))
-    with masks.holding(student) if masks is not None else nullcontext():
+    placed = channels_last([student, *([teacher] if distiller else [])], inputs)
+    with masks.holding(student) if masks is not None else nullcontext(), placed:
         trained = train(
             student,
             data,
@@ -180,7 +182,7 @@ def _distiller(
     pairs: tuple[tuple[str, str], ...],
     student: nn.Module,
     teacher: nn.Module,
-    batch: Mapping[str, Tensor],
+    inputs: Mapping[str, Tensor],
     *,
     labelled: bool,
 ) -> Distiller | None:
@@ -191,7 +193,6 @@ def _distiller(
             return None
         wanted = Distillation(hard=0.0)
     wanted = wanted.model_copy(update={"pairs": pairs})
-    inputs = {name: tensor for name, tensor in batch.items() if name != LABELS}
     return open_distiller(wanted, student, teacher, inputs, has_labels=labelled)
 
 

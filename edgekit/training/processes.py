@@ -42,7 +42,7 @@ def send_from_first(accelerator: Accelerator, tensors: Sequence[Tensor]) -> None
     from accelerate.utils import broadcast
 
     for tensor in tensors:
-        tensor.copy_(broadcast(tensor.detach().clone()))
+        tensor.copy_(broadcast(tensor.detach().clone(memory_format=torch.contiguous_format)))
 
 
 def gathered(accelerator: Accelerator, value: Any) -> list[Any]:

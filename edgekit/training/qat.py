@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from edgekit.calibration.calibrate import calibrate
 from edgekit.calibration.layer_rows import wished_rows
 from edgekit.data import Batch
+from edgekit.errors import SourceError
 from edgekit.graph.annotations import get_params
 from edgekit.graph.rules import check_operators, shares_grid
 from edgekit.lowering.placement import Placement, place
@@ -78,11 +79,23 @@ def prepare_qat(
     exported = export_marked(graph, few, opset=rules.graph.opset)
     names = [value.name or "" for value in exported.model.graph.inputs]
     batches = list(calibration or [_batch(example_inputs, names)])
+    _check_batch(exported.model, batches[0], type(module).__name__)
     annotated = _annotated(exported.model, rules, method, batches)
     binary = {node.name or "" for node in annotated.graph if method.for_layer(node.name or "").weights == BINARY}
     placement = place(annotated, rules)
     _insert(graph, Exported(annotated, exported.made), placement, rules, tracked=scales == "tracked", binary=binary)
     return graph
+
+
+def _check_batch(model: ir.Model, batch: Batch, name: str) -> None:
+    """Refuse a model that was traced for one sample because its code fixes the size of a batch."""
+    for value in model.graph.inputs:
+        size, found = value.shape[0] if value.shape else None, batch.feeds[value.name or ""].shape
+        if isinstance(size, int) and found[0] != size:
+            raise SourceError(
+                f"{name} computes batches of {size} alone (input {value.name!r}), and quantization-aware training takes larger ones, such "
+                f"as {found}; take sizes from x.shape[0] or -1, without int() or len(), and keep no buffer of batch size"
+            )
 
 
 def _annotated(model: ir.Model, rules: Target, method: Method, batches: list[Batch]) -> ir.Model:
