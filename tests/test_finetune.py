@@ -21,6 +21,7 @@ from edgekit.finetune import Finetune
 from edgekit.graph.run import Session
 from edgekit.method import LayerMethod, Method
 from edgekit.pipelines.recipe import few_bits, load_recipe, merged_finetune
+from edgekit.pruning import Prune
 from edgekit.schedule import Schedule
 
 NOISE = 1.5
@@ -171,6 +172,20 @@ def test_without_labels_the_float_model_teaches(learned: nn.Module, files: Path,
     assert found.before is not None and found.start is not None and found.after is not None
     assert found.after - found.start > 0.5 * (found.before - found.start) > 0.05
     assert all(torch.equal(value, before[name]) for name, value in learned.state_dict().items())
+
+
+@pytest.mark.parametrize("form", ["named", "array", "npy"])
+@pytest.mark.parametrize("how", [{"finetune": Finetune(qat=True)}, {"prune": Prune(ratio=0.5)}])
+def test_calibration_data_without_names_is_trained_on_in_batches_too(
+    how: dict[str, Any], form: str, learned: nn.Module, tmp_path: Path
+) -> None:
+    images = labelled(128, 2)["image"]
+    np.save(tmp_path / "images.npy", images)
+    calibration = {"named": {"image": images}, "array": images, "npy": tmp_path / "images.npy"}[form]
+    record = edgekit.compress(learned, tmp_path / "out", calibration=calibration, samples=128, **how).record
+    told = record.finetuned.told if record.finetuned else record.pruned.told if record.pruned else ""
+    assert "on 128 samples" in told
+    assert ": 6 steps" in told
 
 
 @pytest.mark.parametrize("kind", ["feature", "attention,similarity"])

@@ -205,7 +205,7 @@ def open_data_for(
 ) -> TrainData:
     """The data that a plan trains on: its own, or what calibrates. Raises as `open_train_data` does."""
     return open_train_data(
-        calibration if plan.data is None else plan.data,
+        _by_name(module, calibration) if plan.data is None else plan.data,
         module_inputs(module, calibration),
         preprocess=preprocess if plan.data is not None else None,
         augment=plan.augment,
@@ -237,9 +237,11 @@ def module_inputs(
 
 
 def _named(module: nn.Module, arrays: tuple[NDArray[Any], ...] | dict[str, NDArray[Any]]) -> dict[str, Tensor]:
-    names = input_names(module).known
-    given = arrays if isinstance(arrays, dict) else dict(zip(names, arrays, strict=False))
-    return {name: torch.from_numpy(np.array(array)) for name, array in given.items()}
+    return {name: torch.from_numpy(np.array(array)) for name, array in _by_name(module, arrays).items()}
+
+
+def _by_name(module: nn.Module, arrays: tuple[NDArray[Any], ...] | dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    return arrays if isinstance(arrays, dict) else dict(zip(input_names(module).known, arrays, strict=False))
 
 
 def _few(arrays: tuple[NDArray[Any], ...] | dict[str, NDArray[Any]]) -> Any:
