@@ -68,7 +68,11 @@ def by_ratio(groups: Sequence[Group], ratio: float, *, scope: Scope = "global", 
     def gone(position: int) -> float:
         return 1 - left(ladder.counts(position))
 
-    ladder = _ladder(groups, scope, multiples, 1 - ratio, lambda counts: left(counts) <= 1 - ratio)
+    ladder = (
+        _scored_ladder(groups, multiples, 1 - ratio, lambda counts: left(counts) <= 1 - ratio)
+        if scope == "global"
+        else _level_ladder(groups, multiples)
+    )
     position = _first(ladder.positions, lambda at: gone(at) >= ratio)
     if position and abs(gone(position - 1) - ratio) < abs(gone(position) - ratio):
         position -= 1
@@ -82,21 +86,15 @@ def by_ratio(groups: Sequence[Group], ratio: float, *, scope: Scope = "global", 
     return Chosen(choose(groups, counts), _remarks(groups, ladder, ladder.wanted(position), counts, multiples))
 
 
-def by_macs(
-    groups: Sequence[Group],
-    costs: Sequence[LayerCost],
-    share: float,
-    *,
-    scope: Scope = "global",
-    multiples: Multiples = 0,
+def by_macs_alike(
+    groups: Sequence[Group], costs: Sequence[LayerCost], share: float, *, multiples: Multiples = 0
 ) -> Chosen:
-    """Keep no more than a share of the multiply-accumulates, and as much of it as rounding allows.
+    """Keep no more than a share of the multiply-accumulates, as much of each group, and as much of it as rounding allows.
 
-    What rounding leaves of the budget is given back: the units of highest score first, or in `scope` "layer" to the groups that
-    were rounded down most.
+    What rounding leaves of the budget is given back to the groups that were rounded down most.
 
     Args:
-        groups, scope, multiples: as in `by_ratio`.
+        groups, multiples: as in `by_ratio`.
         costs: of all layers.
         share: of the multiply-accumulates of all layers, 0 to 1.
 
@@ -109,16 +107,50 @@ def by_macs(
     def fits(counts: Counts) -> bool:
         return total_macs(costs, shares(groups, counts)) <= share * whole * (1 + 1e-12)
 
-    ladder = _ladder(groups, scope, multiples, math.sqrt(share), fits)  # inputs and outputs go alike
+    ladder = _level_ladder(groups, multiples)
     position = _first(ladder.positions, lambda at: fits(ladder.counts(at)))
     if not fits(ladder.counts(position)):
-        floor = total_macs(costs, shares(groups, ladder.counts(position))) / whole
-        raise GoalError(
-            f"{share:.1%} of the multiply-accumulates are asked for, and {floor:.1%} is the least that pruning these layers can leave; "
-            "ask for more, ignore fewer layers, or round to less"
-        )
-    counts = _given_back(groups, ladder, position, fits)
-    return Chosen(choose(groups, counts), _remarks(groups, ladder, ladder.wanted(position), counts, multiples))
+        raise too_few_macs(share, total_macs(costs, shares(groups, ladder.counts(position))) / whole)
+    wanted = ladder.wanted(position)
+    counts = given_back(
+        ladder.allowed, ladder.counts(position), fits, lambda at, n: (wanted[at] - n) / groups[at].units
+    )
+    return Chosen(choose(groups, counts), _remarks(groups, ladder, wanted, counts, multiples))
+
+
+def too_few_macs(share: float, floor: float) -> GoalError:
+    """What is said where a share of the multiply-accumulates is less than pruning can leave."""
+    return GoalError(
+        f"{share:.1%} of the multiply-accumulates are asked for, and {floor:.1%} is the least that pruning these layers can leave; "
+        "ask for more, ignore fewer layers, or round to less"
+    )
+
+
+def given_back(
+    allowed: Sequence[NDArray[np.intp]],
+    counts: Counts,
+    fits: Callable[[Counts], bool],
+    pressing: Callable[[int, int], float],
+) -> Counts:
+    """Numbers of units raised by single steps, the most pressing first, as long as any step fits.
+
+    Args:
+        allowed: the numbers that each group may keep, ascending.
+        counts: what to begin with.
+        fits: whether numbers are within the budget.
+        pressing: how much a group, by its index, needs more units than it has.
+    """
+    while True:
+        open_groups = [index for index, few in enumerate(allowed) if counts[index] < few[-1]]
+        for index in sorted(open_groups, key=lambda index: pressing(index, counts[index]), reverse=True):
+            few = allowed[index]
+            more = int(few[np.searchsorted(few, counts[index], side="right")])
+            raised = (*counts[:index], more, *counts[index + 1 :])
+            if fits(raised):
+                counts = raised
+                break
+        else:
+            return counts
 
 
 def allowed_counts(group: Group, multiple: int, *, floor: float = 0.0) -> NDArray[np.intp]:
@@ -225,21 +257,25 @@ class _Ladder:
         return tuple(_nearest(few, want) for few, want in zip(self.allowed, self.wanted(position), strict=True))
 
 
-def _ladder(
-    groups: Sequence[Group], scope: Scope, multiples: Multiples, alike: float, meets: Callable[[Counts], bool]
+def _level_ladder(groups: Sequence[Group], multiples: Multiples) -> _Ladder:
+    """The way down where all groups lose the same share."""
+    check_groups(groups)
+    units = np.array([group.units for group in groups])
+    return _Ladder(lambda at: units * (1 - at / _RATIO_STEPS), _allowed(groups, multiples, 0.0), _RATIO_STEPS, None)
+
+
+def _scored_ladder(
+    groups: Sequence[Group], multiples: Multiples, alike: float, meets: Callable[[Counts], bool]
 ) -> _Ladder:
-    """The way down, to the goal at least where that is possible.
+    """The way down by the scores of all groups, to the goal at least where that is possible.
 
     Args:
-        groups, scope, multiples: as in `by_ratio`.
+        groups, multiples: as in `by_ratio`.
         alike: the share of its units that each group keeps where all lose the same.
         meets: whether numbers of units are as few as is asked for.
     """
     check_groups(groups)
     units = np.array([group.units for group in groups])
-    if scope != "global":
-        allowed = _allowed(groups, multiples, 0.0)
-        return _Ladder(lambda at: units * (1 - at / _RATIO_STEPS), allowed, _RATIO_STEPS, None)
     allowed, floor = _allowed(groups, multiples, BALANCE * alike), BALANCE * alike
     if floor < FLOOR or not meets(tuple(int(counts[0]) for counts in allowed)):
         allowed, floor = _allowed(groups, multiples, FLOOR), FLOOR
@@ -270,29 +306,6 @@ def _first(last: int, holds: Callable[[int], bool]) -> int:
     return low
 
 
-def _given_back(groups: Sequence[Group], ladder: _Ladder, position: int, fits: Callable[[Counts], bool]) -> Counts:
-    """Raise numbers by single steps, the most pressing first, as long as any step fits."""
-    counts, wanted = ladder.counts(position), ladder.wanted(position)
-    best_first = [np.sort(group.scores)[::-1] for group in groups]
-
-    def pressing(index: int) -> float:
-        if ladder.floor is not None:
-            return float(best_first[index][counts[index]])
-        return float((wanted[index] - counts[index]) / groups[index].units)
-
-    while True:
-        open_groups = [index for index, few in enumerate(ladder.allowed) if counts[index] < few[-1]]
-        for index in sorted(open_groups, key=pressing, reverse=True):
-            few = ladder.allowed[index]
-            more = int(few[np.searchsorted(few, counts[index], side="right")])
-            raised = (*counts[:index], more, *counts[index + 1 :])
-            if fits(raised):
-                counts = raised
-                break
-        else:
-            return counts
-
-
 def _remarks(
     groups: Sequence[Group], ladder: _Ladder, wanted: NDArray[np.float64], counts: Counts, multiples: Multiples
 ) -> tuple[str, ...]:
@@ -301,7 +314,12 @@ def _remarks(
         for group, few, want, count in zip(groups, ladder.allowed, wanted, counts, strict=True)
         if want < few[0] == count < group.units
     ]
-    floor = "one multiple" if ladder.floor is None else f"{FLOOR:.0%} of the channels, or one multiple,"
     told = limited and (ladder.floor is None or ladder.floor == FLOOR)
-    least = [f"no fewer than {floor} stay of a layer: {some(limited)}"] if told else []
+    least = [floor_remark(limited, alike=ladder.floor is None)] if told else []
     return (*rounding_remarks(groups, multiples), *least)
+
+
+def floor_remark(limited: Sequence[str], *, alike: bool) -> str:
+    """Which layers would lose more, but for what stays of each."""
+    floor = "one multiple" if alike else f"{FLOOR:.0%} of the channels, or one multiple,"
+    return f"no fewer than {floor} stay of a layer: {some(limited)}"

@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from edgekit.channel_choice import Chosen, by_macs, by_ratio
+from edgekit.channel_choice import Chosen, by_macs_alike, by_ratio
 from edgekit.channels import Group, LayerCost, kept_shares, total_macs
 from edgekit.errors import GoalError
+from edgekit.frontier import by_macs
 from edgekit.pipelines.prune_timing import multiples_for
 from edgekit.pruning import ONE_SHOT, SCRATCH, Prune
 from edgekit.target import Pruning
@@ -34,7 +35,8 @@ class Amount:
         if wanted * self.whole >= now:
             return Chosen({})
         if self.plan.macs is not None:
-            chosen = by_macs(groups, costs, wanted * self.whole / now, scope=scope, multiples=multiples)
+            by = by_macs if scope == "global" else by_macs_alike
+            chosen = by(groups, costs, wanted * self.whole / now, multiples=multiples)
             reached = total_macs(costs, kept_shares(groups, chosen.choice)) / self.whole
         else:
             try:
