@@ -17,7 +17,7 @@ from qat_part import Part, holds
 from scoring import Array
 from torch import nn
 
-from edgekit.frontier import by_macs
+from edgekit.channel_choice import by_macs
 from edgekit.training.digits_net import digits_net
 from edgekit.training.prune import IMPORTANCE, find_groups
 from edgekit.training.stored import save_module

@@ -19,6 +19,8 @@ Multiples = Mapping[str, int] | int
 """What numbers of channels are multiples of, for all groups or by a group's name; a group that is not named is not rounded."""
 Counts = tuple[int, ...]
 """How many units are kept of each group, in the order of the groups."""
+Pressing = Callable[[int, int], float]
+"""From the index of a group and how many units it keeps to a number that is the higher, the sooner it gets more."""
 
 FLOOR = 0.1
 """Where groups compete, each keeps this share of its units at least,"""
@@ -68,11 +70,7 @@ def by_ratio(groups: Sequence[Group], ratio: float, *, scope: Scope = "global", 
     def gone(position: int) -> float:
         return 1 - left(ladder.counts(position))
 
-    ladder = (
-        _scored_ladder(groups, multiples, 1 - ratio, lambda counts: left(counts) <= 1 - ratio)
-        if scope == "global"
-        else _level_ladder(groups, multiples)
-    )
+    ladder = _ladder(groups, scope, multiples, 1 - ratio, lambda counts: left(counts) <= 1 - ratio)
     position = _first(ladder.positions, lambda at: gone(at) >= ratio)
     if position and abs(gone(position - 1) - ratio) < abs(gone(position) - ratio):
         position -= 1
@@ -86,15 +84,21 @@ def by_ratio(groups: Sequence[Group], ratio: float, *, scope: Scope = "global", 
     return Chosen(choose(groups, counts), _remarks(groups, ladder, ladder.wanted(position), counts, multiples))
 
 
-def by_macs_alike(
-    groups: Sequence[Group], costs: Sequence[LayerCost], share: float, *, multiples: Multiples = 0
+def by_macs(
+    groups: Sequence[Group],
+    costs: Sequence[LayerCost],
+    share: float,
+    *,
+    scope: Scope = "global",
+    multiples: Multiples = 0,
 ) -> Chosen:
-    """Keep no more than a share of the multiply-accumulates, as much of each group, and as much of it as rounding allows.
+    """Keep no more than a share of the multiply-accumulates, and as much of it as rounding allows.
 
-    What rounding leaves of the budget is given back to the groups that were rounded down most.
+    What rounding leaves of the budget is given back: the units of highest score first, or in `scope` "layer" to the groups that
+    were rounded down most.
 
     Args:
-        groups, multiples: as in `by_ratio`.
+        groups, scope, multiples: as in `by_ratio`.
         costs: of all layers.
         share: of the multiply-accumulates of all layers, 0 to 1.
 
@@ -107,14 +111,13 @@ def by_macs_alike(
     def fits(counts: Counts) -> bool:
         return total_macs(costs, shares(groups, counts)) <= share * whole * (1 + 1e-12)
 
-    ladder = _level_ladder(groups, multiples)
+    ladder = _ladder(groups, scope, multiples, math.sqrt(share), fits)  # inputs and outputs go alike
     position = _first(ladder.positions, lambda at: fits(ladder.counts(at)))
     if not fits(ladder.counts(position)):
         raise too_few_macs(share, total_macs(costs, shares(groups, ladder.counts(position))) / whole)
     wanted = ladder.wanted(position)
-    counts = given_back(
-        ladder.allowed, ladder.counts(position), fits, lambda at, n: (wanted[at] - n) / groups[at].units
-    )
+    pressing = best_next(groups) if scope == "global" else lambda at, n: (wanted[at] - n) / groups[at].units
+    counts = given_back(ladder.allowed, ladder.counts(position), fits, pressing)
     return Chosen(choose(groups, counts), _remarks(groups, ladder, wanted, counts, multiples))
 
 
@@ -126,11 +129,14 @@ def too_few_macs(share: float, floor: float) -> GoalError:
     )
 
 
+def best_next(groups: Sequence[Group]) -> Pressing:
+    """The score of the best unit that a group, by its index, does not have where it keeps so many."""
+    best_first = [np.sort(group.scores)[::-1] for group in groups]
+    return lambda at, count: float(best_first[at][count])
+
+
 def given_back(
-    allowed: Sequence[NDArray[np.intp]],
-    counts: Counts,
-    fits: Callable[[Counts], bool],
-    pressing: Callable[[int, int], float],
+    allowed: Sequence[NDArray[np.intp]], counts: Counts, fits: Callable[[Counts], bool], pressing: Pressing
 ) -> Counts:
     """Numbers of units raised by single steps, the most pressing first, as long as any step fits.
 
@@ -138,7 +144,7 @@ def given_back(
         allowed: the numbers that each group may keep, ascending.
         counts: what to begin with.
         fits: whether numbers are within the budget.
-        pressing: how much a group, by its index, needs more units than it has.
+        pressing: how much a group needs more than it has.
     """
     while True:
         open_groups = [index for index, few in enumerate(allowed) if counts[index] < few[-1]]
@@ -257,25 +263,21 @@ class _Ladder:
         return tuple(_nearest(few, want) for few, want in zip(self.allowed, self.wanted(position), strict=True))
 
 
-def _level_ladder(groups: Sequence[Group], multiples: Multiples) -> _Ladder:
-    """The way down where all groups lose the same share."""
-    check_groups(groups)
-    units = np.array([group.units for group in groups])
-    return _Ladder(lambda at: units * (1 - at / _RATIO_STEPS), _allowed(groups, multiples, 0.0), _RATIO_STEPS, None)
-
-
-def _scored_ladder(
-    groups: Sequence[Group], multiples: Multiples, alike: float, meets: Callable[[Counts], bool]
+def _ladder(
+    groups: Sequence[Group], scope: Scope, multiples: Multiples, alike: float, meets: Callable[[Counts], bool]
 ) -> _Ladder:
-    """The way down by the scores of all groups, to the goal at least where that is possible.
+    """The way down, to the goal at least where that is possible.
 
     Args:
-        groups, multiples: as in `by_ratio`.
+        groups, scope, multiples: as in `by_ratio`.
         alike: the share of its units that each group keeps where all lose the same.
         meets: whether numbers of units are as few as is asked for.
     """
     check_groups(groups)
     units = np.array([group.units for group in groups])
+    if scope != "global":
+        allowed = _allowed(groups, multiples, 0.0)
+        return _Ladder(lambda at: units * (1 - at / _RATIO_STEPS), allowed, _RATIO_STEPS, None)
     allowed, floor = _allowed(groups, multiples, BALANCE * alike), BALANCE * alike
     if floor < FLOOR or not meets(tuple(int(counts[0]) for counts in allowed)):
         allowed, floor = _allowed(groups, multiples, FLOOR), FLOOR

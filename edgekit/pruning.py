@@ -42,8 +42,8 @@ class Prune(Table):
         sparsity: single weights become zero instead of channels: their share, 0 to 1, or "2:4" of each four in a row.
         criterion: one of `CRITERIA`; "l1" is the sum of a filter's magnitudes (Li 2017), or a function `importance(group)` that gives
             each unit of an `edgekit.training.prune.TensorGroup` a score, higher is kept.
-        scope: "global" compares channels of all layers, for `macs` by what they are worth for their cost; "layer" takes the same
-            share of each.
+        scope: "global" compares channels of all layers, for `macs` by what they are worth for their cost (but not of an ONNX
+            file, which cannot be trained); "layer" takes the same share of each.
         round_to: numbers of channels are multiples of this; "auto" asks the target, 0 leaves them as they are.
         schedule: "one-shot"; "iterative:N", a part, recovery, the next; "during-training", gradually over the first half of training;
             "from-scratch", cut and trained from new weights.

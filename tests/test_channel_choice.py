@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from edgekit.channel_choice import (
     allowed_counts,
-    by_macs_alike,
+    by_macs,
     by_ratio,
     choose,
     fitting_multiples,
@@ -18,7 +19,7 @@ from edgekit.channel_choice import (
 )
 from edgekit.channels import Choice, Group, LayerCost, kept_shares, total_macs
 from edgekit.errors import DataError, GoalError
-from edgekit.frontier import by_macs
+from edgekit.frontier import by_price
 
 
 def group(name: str, *scores: float, width: int = 1) -> Group:
@@ -141,20 +142,30 @@ def test_a_group_keeps_two_thirds_of_what_it_would_if_all_lost_the_same() -> Non
     found = by_ratio([weak, strong], 0.6)
     assert kept(found.choice) == {"weak": 11, "strong": 21}
     assert found.remarks == ()
+    costs = [
+        LayerCost("one", 100, 1, (1, 40), (), (("weak", 1.0),)),
+        LayerCost("two", 100, 1, (1, 40), (), (("strong", 1.0),)),
+    ]
+    assert kept(by_macs([weak, strong], costs, 0.64).choice) == {"weak": 22, "strong": 29}
 
 
-def test_macs_go_where_they_cost_the_least_importance() -> None:
+def test_by_price_macs_go_where_they_cost_the_least_importance() -> None:
     """Of units of equal worth those of the dearer layer, and of equally dear ones those of less worth."""
     groups = [group("one", *np.ones(40)), group("two", *np.ones(40))]
     costs = [
         LayerCost("one", 200, 1, (1, 40), (), (("one", 1.0),)),
         LayerCost("two", 100, 1, (1, 40), (), (("two", 1.0),)),
     ]
-    assert kept(by_macs(groups, costs, 0.5).choice) == {"one": 10, "two": 40}
-    assert kept(by_macs_alike(groups, costs, 0.5).choice) == {"one": 20, "two": 20}
+    assert kept(by_price(groups, costs, 0.5).choice) == {"one": 10, "two": 40}
+    assert kept(by_macs(groups, costs, 0.5, scope="layer").choice) == {"one": 20, "two": 20}
     alike = [replace(cost, macs=100) for cost in costs]
     weak, strong = group("one", *np.linspace(0, 1, 40)), group("two", *np.linspace(5, 6, 40))
-    assert kept(by_macs([weak, strong], alike, 0.64).choice) == {"one": 11, "two": 40}
+    found = by_price([weak, strong], alike, 0.52)
+    assert kept(found.choice) == {"one": 4, "two": 37}
+    assert found.choice["one"].tolist() == [36, 37, 38, 39]
+    assert "no fewer than 10% of the channels" in found.remarks[0] and "one (4 channels)" in found.remarks[0]
+    with pytest.raises(GoalError, match=r"5\.0% of the multiply-accumulates .* 10\.0% is the least"):
+        by_price(groups, costs, 0.05)
 
 
 def test_no_group_is_emptied_and_the_limited_ones_are_named() -> None:
@@ -209,25 +220,25 @@ def test_a_budget_that_cannot_be_met_says_the_floor() -> None:
 def test_what_rounding_leaves_is_given_back_where_most_is_missing() -> None:
     groups = [ramp(str(i), 16) for i in range(3)]
     costs = [LayerCost(str(i), 100, 1, (3, 16), makes=((str(i), 1.0),)) for i in range(3)]
-    found = by_macs_alike(groups, costs, 0.7, multiples=8)  # all to 8 would be half
+    found = by_macs(groups, costs, 0.7, scope="layer", multiples=8)  # all to 8 would be half
     assert sorted(kept(found.choice).values()) == [8, 8, 16]
     scored = [ramp("0", 16), ramp("1", 16, scale=2), ramp("2", 16)]
     assert kept(by_macs(scored, costs, 0.7, multiples=8).choice) == {"0": 8, "1": 16, "2": 8}
 
 
-@given(networks(), st.floats(0.05, 0.95), SCOPES, MULTIPLES)
-@settings(max_examples=150, deadline=None)
+@given(networks(), st.floats(0.05, 0.95), st.sampled_from(["global", "layer", "price"]), MULTIPLES)
+@settings(max_examples=200, deadline=None)
 def test_macs_are_within_budget_and_no_step_more_fits(
     network: tuple[list[Group], list[LayerCost]], share: float, scope: str, multiple: int
 ) -> None:
     groups, costs = network
     whole = total_macs(costs, {})
+    by = by_price if scope == "price" else partial(by_macs, scope=scope)
     try:
-        by = by_macs if scope == "global" else by_macs_alike
         found = by(groups, costs, share, multiples=multiple)
     except GoalError as error:
         assert "is the least" in str(error)
-        floor = 0.1 if scope == "global" else 0.0
+        floor = 0.0 if scope == "layer" else 0.1
         least = [int(allowed_counts(one, multiple, floor=floor)[0]) for one in groups]
         assert total_macs(costs, shares(groups, least)) > share * whole
         return
@@ -247,7 +258,7 @@ def test_macs_are_within_budget_and_no_step_more_fits(
 
 @given(networks(), st.tuples(st.floats(0.05, 0.9), st.floats(0.05, 0.9)), SCOPES)
 @settings(max_examples=100, deadline=None)
-def test_a_larger_ratio_takes_more_of_every_group(
+def test_a_larger_ratio_takes_more(
     network: tuple[list[Group], list[LayerCost]], ratios: tuple[float, float], scope: str
 ) -> None:
     groups, _ = network
@@ -255,7 +266,8 @@ def test_a_larger_ratio_takes_more_of_every_group(
         less, more = (by_ratio(groups, ratio, scope=scope).choice for ratio in sorted(ratios))  # type: ignore[arg-type]
     except GoalError:
         return
-    for one in groups:
+    assert sum(map(len, more.values())) <= sum(map(len, less.values()))
+    for one in groups if scope == "layer" else ():  # else the floor falls with the ratio, and a group may be better off
         assert 1 <= len(more[one.name]) <= len(less[one.name])
         assert set(more[one.name]) <= set(less[one.name])
 

@@ -37,7 +37,7 @@ class Flow:
 
     def run(self, module: nn.Module, plan: Prune, *, schedule: Schedule = STEPS, train: bool = True) -> Cutting:
         """By the sums of magnitudes, and rounded to nothing unless the plan says so."""
-        amount = Amount(plan, Pruning(channels=(1,)))
+        amount = Amount(plan, Pruning(channels=(1,)), trainable=True)
 
         def choose(prunable: Prunable, share: float) -> Chosen:
             self.shares.append(share)

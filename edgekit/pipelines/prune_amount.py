@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from edgekit.channel_choice import Chosen, by_macs_alike, by_ratio
+from edgekit.channel_choice import Chosen, by_macs, by_ratio
 from edgekit.channels import Group, LayerCost, kept_shares, total_macs
 from edgekit.errors import GoalError
-from edgekit.frontier import by_macs
+from edgekit.frontier import by_price
 from edgekit.pipelines.prune_timing import multiples_for
 from edgekit.pruning import ONE_SHOT, SCRATCH, Prune
 from edgekit.target import Pruning
@@ -20,10 +20,18 @@ NEAR = 0.02
 
 @dataclass(slots=True)
 class Amount:
-    """Chooses a share of the channels, or of the multiply-accumulates, of what there was in the first round."""
+    """Chooses a share of the channels, or of the multiply-accumulates, of what there was in the first round.
+
+    Attributes:
+        plan: what is asked for.
+        liked: the numbers of channels that the target likes.
+        trainable: what is cut can be trained, as an ONNX graph cannot.
+        whole: what there was; unknown before the first round.
+    """
 
     plan: Prune
     liked: Pruning
+    trainable: bool
     whole: float = math.nan
 
     def choose(self, groups: tuple[Group, ...], costs: tuple[LayerCost, ...], share: float) -> Chosen:
@@ -35,8 +43,11 @@ class Amount:
         if wanted * self.whole >= now:
             return Chosen({})
         if self.plan.macs is not None:
-            by = by_macs if scope == "global" else by_macs_alike
-            chosen = by(groups, costs, wanted * self.whole / now, multiples=multiples)
+            left = wanted * self.whole / now
+            if scope == "global" and self.trainable:
+                chosen = by_price(groups, costs, left, multiples=multiples)
+            else:
+                chosen = by_macs(groups, costs, left, scope=scope, multiples=multiples)
             reached = total_macs(costs, kept_shares(groups, chosen.choice)) / self.whole
         else:
             try:

@@ -69,7 +69,7 @@ def prune_graph(
         raise GraphError(f"the graph has no channels that can be cut: {why}")
     timing = Timing(plan, on_progress) if plan.timed else None
     if timing is None:
-        chosen = Amount(plan, rules.pruning).choose(channels.groups, channels.costs, 1.0)
+        chosen = Amount(plan, rules.pruning, trainable=False).choose(channels.groups, channels.costs, 1.0)
     else:
         chosen = timing.choose(channels.groups, channels.costs, 1.0, GraphModel(model, channels, examples))
     cut = whole = masked(model, channels, chosen.choice)

@@ -103,7 +103,7 @@ def _cut(job: PruneJob, module: Any, before: float | None) -> tuple[Any, Any, Pr
     if plan.blocks is not None:
         cutting = shorten(module, plan, job.arrays, recover=recover, schedule=job.recovery.schedule)
         return cutting.module, None, _record(job, cutting, timing, before, trained)
-    by_amount = Amount(plan, job.rules.pruning)
+    by_amount = Amount(plan, job.rules.pruning, trainable=True)
 
     def choose(prunable: Any, share: float) -> Chosen:
         if timing is None:

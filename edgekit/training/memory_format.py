@@ -18,8 +18,8 @@ _AXES = 4
 def channels_last(modules: Sequence[nn.Module], batch: Mapping[str, Tensor]) -> Iterator[None]:
     """Modules whose images have channels last in memory for a while, each where it runs on a batch so, and where a CPU trains.
 
-    Convolutions pass their format on, so that weights alone decide. The steps of ResNet-20 with a teacher take a quarter less on one thread. A module whose
-    code asks for another format, by `view` of activations for one, stays as it is.
+    Convolutions pass their format on, so that weights alone decide. On one thread the steps of ResNet-20 with a teacher take a quarter
+    less. A module whose code asks for another format, by `view` of activations for one, stays as it is.
 
     Args:
         batch: inputs by name, as each module takes them.
