@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 
@@ -17,6 +17,7 @@ from prune_subject import Shape, fewer, float_entry, resnet20_shape, say, traine
 from qat_part import Part, holds
 from qat_resnet20 import FLIPPED, SEEDS, _Work
 from qat_resnet20 import FLOAT as FIRST
+from scoring import Entry
 from subject import X86_ONNXRUNTIME, X86_OPENVINO, here
 
 from edgekit.errors import GoalError
@@ -64,12 +65,13 @@ def one_speed_section(zoo: Path, folder: Path) -> Part:
 
 @dataclass(frozen=True, slots=True)
 class _Runtime:
-    """What is pruned for one target, into folders of `folder`."""
+    """What is pruned for one target, into folders of `folder`; `made` is what was timed of it, by folder."""
 
     shape: Shape
     target: str
     zoo: Path
     folder: Path
+    made: dict[str, Entry] = field(default_factory=dict)
 
     def rows(self, goal: float) -> Iterator[_Row]:
         timed = [self._recovered(Prune(speedup=f"{goal}@{self.target}"), seed, f"timed-{seed}") for seed in SEEDS]
@@ -112,7 +114,9 @@ class _Runtime:
             tried -= STEP
 
     def _times(self, places: Mapping[str, str]) -> dict[str, Latency]:
-        entries = [float_entry(self.folder / place, self.target, label) for label, place in places.items()]
+        for place in set(places.values()) - set(self.made):
+            self.made[place] = float_entry(self.folder / place, self.target, place)
+        entries = [replace(self.made[place], label=label) for label, place in places.items()]
         return latencies(entries, TIMED, one_sample(self.shape), EFFORT, say)
 
 

@@ -112,7 +112,7 @@ def test_a_known_placement_is_used_again_without_timing(
     tiny: TinyFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    compress(tiny, out)
+    compress(tiny, out, proxy="none")
 
     def placed(*args: Any, **options: Any) -> TunedPlacement:
         raise AssertionError("timed again")
