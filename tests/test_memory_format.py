@@ -65,6 +65,33 @@ def test_training_computes_the_same_in_both_formats() -> None:
         torch.testing.assert_close(one, other)
 
 
+class Auxiliary(nn.Module):
+    """Asks for its own format only where it trains; normalizes, and counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.bn, self.calls = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), 0
+
+    def forward(self, image: Tensor) -> Tensor:
+        self.calls += 1
+        x = self.bn(self.first(image))
+        return x.view(x.shape[0], -1) if self.training else x.flatten(1)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_what_only_training_asks_for_counts_and_trying_leaves_no_trace(count: int) -> None:
+    net, image = Auxiliary().train(), torch.randn(count, 3, 8, 8)
+    statistics = net.bn.running_mean.clone()
+    with channels_last([net], {"image": image}):
+        assert net.first.weight.is_contiguous()
+        net(image)
+    assert net.calls == 1 and net.training
+    fresh = Auxiliary().train()
+    with channels_last([fresh], {"image": image}):
+        pass
+    assert torch.equal(fresh.bn.running_mean, statistics) and fresh.calls == 0
+
+
 def test_modules_without_images_are_left_alone() -> None:
     net = nn.Sequential(nn.Conv1d(3, 4, 3), nn.Flatten(), nn.Linear(24, 2))
     strides = [one.stride() for one in net.parameters()]

@@ -47,9 +47,13 @@ def _store(module: nn.Module, memory_format: torch.memory_format) -> None:
 
 
 def _runs(module: nn.Module, batch: Mapping[str, Tensor]) -> bool:
+    """Whether forward works, in eval mode and as it trains; what it changes in itself is put back."""
     try:
-        with torch.no_grad(), evaluating(module):
-            module(**batch)
-    except RuntimeError:  # a view of what is not in one piece
+        for training in (False, True):
+            with torch.no_grad(), evaluating(module):
+                for child in module.modules():
+                    child.training = training
+                module(**batch)
+    except Exception:  # whatever the user's code raises: it stays as it is, and training tells what is wrong
         return False
     return True

@@ -79,7 +79,8 @@ def prepare_qat(
     exported = export_marked(graph, few, opset=rules.graph.opset)
     names = [value.name or "" for value in exported.model.graph.inputs]
     batches = list(calibration or [_batch(example_inputs, names)])
-    _check_batch(exported.model, batches[0], type(module).__name__)
+    for batch in batches[:1]:
+        _check_batch(exported.model, batch, type(module).__name__)
     annotated = _annotated(exported.model, rules, method, batches)
     binary = {node.name or "" for node in annotated.graph if method.for_layer(node.name or "").weights == BINARY}
     placement = place(annotated, rules)
@@ -90,8 +91,10 @@ def prepare_qat(
 def _check_batch(model: ir.Model, batch: Batch, name: str) -> None:
     """Refuse a model that was traced for one sample because its code fixes the size of a batch."""
     for value in model.graph.inputs:
-        size, found = value.shape[0] if value.shape else None, batch.feeds[value.name or ""].shape
-        if isinstance(size, int) and found[0] != size:
+        array = batch.feeds.get(value.name or "")
+        found = () if array is None else array.shape
+        size = value.shape[0] if value.shape else None
+        if isinstance(size, int) and found and found[0] != size:
             raise SourceError(
                 f"{name} computes batches of {size} alone (input {value.name!r}), and quantization-aware training takes larger ones, such "
                 f"as {found}; take sizes from x.shape[0] or -1, without int() or len(), and keep no buffer of batch size"
