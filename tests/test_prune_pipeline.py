@@ -476,6 +476,21 @@ def test_without_labels_the_unpruned_model_teaches(learned: nn.Module, tmp_path:
     assert pruned.after == pytest.approx(right)
 
 
+@pytest.mark.parametrize("prune", [RATIO, Prune(ratio=0.5, schedule="iterative:2"), Prune(sparsity=0.5)])
+def test_a_recovery_that_was_short_is_told(prune: Prune, learned: nn.Module, tmp_path: Path) -> None:
+    """All rounds together; and where else samples may come from, if they are those that calibrate."""
+    made = prune.rounds * 4
+    _, done = tuned(tmp_path / "own", learned, prune, Finetune(schedule=SHORT))
+    [remark] = [remark for remark in done.pruned.remarks if "recovery was" in remark]
+    assert f"recovery was {made} steps" in remark and "--epochs" in remark and "--train-data" in remark
+    _, done = tuned(tmp_path / "more", learned, prune, Finetune(schedule=SHORT, data=labelled(64, 2)))
+    [remark] = [remark for remark in done.pruned.remarks if "recovery was" in remark]
+    assert "--epochs" in remark and "--train-data" not in remark
+    plan = Finetune(schedule=SHORT.model_copy(update={"steps": 100, "batch_size": 2}))
+    _, done = tuned(tmp_path / "long", learned, prune, plan)
+    assert not [remark for remark in done.pruned.remarks if "recovery was" in remark]
+
+
 @pytest.mark.parametrize("labels", [True, False])
 def test_from_scratch_learns_from_labels_or_else_the_unpruned_model(
     labels: bool, learned: nn.Module, tmp_path: Path

@@ -77,6 +77,7 @@ def prune_graph(
         whole = refit(cut, model, batches.named("fit what is left"), samples=batches.stop)
     pruned = prune_channels(whole, channels, chosen.choice)
     prove_equal(whole, pruned, examples)
+    missed = timing.again(pruned) if timing is not None and plan.recover else ()
     left = kept_shares(channels.groups, chosen.choice)
     before, at_cut, after = [None if measure is None else measure(one) for one in (model, cut, pruned)]
     record = Pruned(
@@ -89,7 +90,7 @@ def prune_graph(
         cut=at_cut,
         after=after if plan.recover else None,
         recovered=FITTED if plan.recover else "",
-        remarks=(*chosen.remarks, *([] if measure else _compared(model, pruned, batches)), *_told(channels)),
+        remarks=(*chosen.remarks, *missed, *([] if measure else _compared(model, pruned, batches)), *_told(channels)),
     )
     return pruned, record
 

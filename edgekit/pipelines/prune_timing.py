@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
-from edgekit.allocation import Reached, meet_goal
+from edgekit.allocation import NEAR, WITHIN, Reached, meet_goal
 from edgekit.backend import Artifact, Backend, get_backend
 from edgekit.channel_choice import (
     Chosen,
@@ -27,7 +28,7 @@ from edgekit.frontier import Frontier, widths_to_measure
 from edgekit.graph.io import save_onnx
 from edgekit.latency_table import LatencyTable, time_layers
 from edgekit.layer_shape import layer_shapes
-from edgekit.measure import Candidate, Comparison, measure
+from edgekit.measure import Candidate, Comparison, bootstrap_median, measure, ratio
 from edgekit.pipelines.sources import EXAMPLES, canonicalize, rewrite
 from edgekit.pipelines.targets import missing
 from edgekit.progress import Progress
@@ -37,17 +38,22 @@ from edgekit.target import Pruning, Target, load_target
 
 BEFORE, AFTER = "unpruned", "pruned"
 FLOAT = "f32"
-BURSTS, BURST_SECONDS = 7, 0.15
+PROCESSES, MOST_PROCESSES = 3, 9
+"""A pruned model is compared in so many fresh pairs of processes, as one that got its memory by luck is fast to its end; in more of
+them as long as their interval does not say whether the goal is met."""
+BURSTS, BURST_SECONDS = 3, 0.15
 
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """What was measured of a pruned model: how many times faster it is, with its 95 % interval, and its time (ms)."""
+    """What was measured of a pruned model: how many times faster it is, and its time (ms), with their 95 % intervals."""
 
     speedup: float
     low: float
     high: float
     ms: float
+    low_ms: float
+    high_ms: float
 
 
 class Timing:
@@ -74,6 +80,7 @@ class Timing:
             raise BackendError(f"--{self.kind} is to be measured on {name!r}: {missing(available)}")
         self.found: Timed | None = None
         self._first: ir.Model | None = None
+        self._feeds: dict[str, Any] = {}
 
     def choose(self, groups: Sequence[Group], costs: Sequence[LayerCost], share: float, model: Any) -> Chosen:
         """What to keep of a model so that it is as fast as asked, or a `share` of the way there.
@@ -94,7 +101,7 @@ class Timing:
             raise GoalError(
                 f"no layer can lose channels: {'; '.join(rounding_remarks(groups, multiples))}; round to less"
             )
-        feeds = model.sample(whole)
+        feeds = self._feeds = model.sample(whole)
         table = self._table(groups, costs, multiples, whole, feeds)
         with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
             before = Candidate(BEFORE, self._built(first, Path(folder) / BEFORE), self.rules)
@@ -102,23 +109,44 @@ class Timing:
             base = self._compare([before], feeds).timings[0].median_ms
             total = base if now is None else base / now.speedup
             frontier = Frontier(groups, costs, table.time, total_ms=total, multiples=multiples)
+            goal = self._goal(base, share)
+            decides = self._decides(base / goal if self.kind == "speedup" else goal)
             results: dict[float, Timed] = {}
 
             def tried(choice: Choice) -> float:
                 if all(len(choice[group.name]) == group.units for group in groups):
                     # It is known, and a second time it may seem fast enough.
-                    results[total] = now or Timed(1.0, 1.0, 1.0, base)
+                    results[total] = now or Timed(1.0, 1.0, 1.0, base, base, base)
                     return total
-                one = self._against(before, model.graph(choice), Path(folder) / f"{AFTER}-{len(results)}", feeds)
+                place = Path(folder) / f"{AFTER}-{len(results)}"
+                one = self._against(before, model.graph(choice), place, feeds, decides)
                 self.on_progress(f"prune: {one.speedup:.2f}x as fast on {self.rules.name}", len(results), None)
                 # Both drift alike: the ratio is what counts where a ratio was asked for.
                 ms = base / one.speedup if self.kind == "speedup" else one.ms
                 results[ms] = one
                 return ms
 
-            reached = self._met(frontier, tried, self._goal(base, share), results)
+            reached = self._met(frontier, tried, goal, results)
         self.found = results[reached.measured_ms]
         return Chosen(reached.choice, (*reached.remarks, *table.remarks))
+
+    def again(self, graph: ir.Model) -> tuple[str, ...]:
+        """Measure what was chosen once more, when time has passed and its weights are others; a remark where it misses the goal by now."""
+        assert self._first is not None and self.found is not None, "it chose"
+        with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
+            before = Candidate(BEFORE, self._built(self._first, Path(folder) / BEFORE), self.rules)
+            decides = self._decides(self.value)
+            chosen, self.found = self.found, self._against(before, graph, Path(folder) / AFTER, self._feeds, decides)
+        if self.kind == "speedup":
+            missed, unit, pair = self.value / self.found.speedup, "x", (chosen.speedup, self.found.speedup)
+        else:
+            missed, unit, pair = self.found.ms / self.value, " ms", (chosen.ms, self.found.ms)
+        if missed <= 1 + WITHIN:
+            return ()
+        return (
+            f"{pair[1]:.3g}{unit} when it was measured at the end, {pair[0]:.3g}{unit} when it was chosen, and {self.value:g}{unit} was "
+            "asked for: this machine's speed changes; close other programs and prune again",
+        )
 
     @property
     def told(self) -> dict[str, Any]:
@@ -175,10 +203,32 @@ class Timing:
             on_progress=self.on_progress,
         )
 
-    def _against(self, before: Candidate, graph: ir.Model, folder: Path, feeds: dict[str, Any]) -> Timed:
-        found = self._compare([before, Candidate(AFTER, self._built(graph, folder), self.rules)], feeds)
-        ratio = found.ratios[AFTER]
-        return Timed(ratio.median, ratio.ci_low, ratio.ci_high, found.timings[1].median_ms)
+    def _against(
+        self,
+        before: Candidate,
+        graph: ir.Model,
+        folder: Path,
+        feeds: dict[str, Any],
+        decides: Callable[[Timed], bool] = lambda _: True,
+    ) -> Timed:
+        both = before, Candidate(AFTER, self._built(graph, folder), self.rules)
+        bursts: tuple[list[float], list[float]] = [], []
+        for count in range(1, MOST_PROCESSES + 1):
+            for some, timing in zip(bursts, self._compare(both, feeds).timings, strict=True):
+                some.extend(timing.bursts)
+            found = _timed(*map(np.array, bursts))
+            if count >= PROCESSES and decides(found):
+                break
+        return found
+
+    def _decides(self, goal: float) -> Callable[[Timed], bool]:
+        """Says of a measurement whether its interval is on one side of a goal (times, or ms), or as narrow as matters."""
+
+        def decides(found: Timed) -> bool:
+            low, high = (found.low, found.high) if self.kind == "speedup" else (found.low_ms, found.high_ms)
+            return not low < goal < high or high - low <= NEAR * goal
+
+        return decides
 
     def _built(self, graph: ir.Model, folder: Path) -> Artifact:
         folder.mkdir()
@@ -190,6 +240,12 @@ class Timing:
         if found.failures:
             raise BackendError(f"target {self.rules.name!r}: {next(iter(found.failures.values()))}")
         return found
+
+
+def _timed(whole: NDArray[np.float64], pruned: NDArray[np.float64]) -> Timed:
+    """Of the bursts' medians (ms)."""
+    times = ratio(whole, pruned)
+    return Timed(times.median, times.ci_low, times.ci_high, float(np.median(pruned)), *bootstrap_median(pruned))
 
 
 def multiples_for(plan: Prune, groups: Sequence[Group], liked: Pruning) -> Multiples:
@@ -223,32 +279,37 @@ class TorchModel:
 
     def source(self) -> ir.Model | None:
         """The float graph as it came; None where it is that of `graph` with all units."""
-        from edgekit.training.checkpoint import unwrapped
-        from edgekit.training.forward import exportable
-
-        return None if self._source is None else self._exported(exportable(unwrapped(self._source)))
+        return None if self._source is None else float_graph(self._source, self._arrays, self._opset)
 
     def graph(self, choice: Choice) -> ir.Model:
         """The float graph with the chosen units."""
         from edgekit.training.prune.groups import find_groups
 
         prunable = find_groups(self._module, self._arrays, ignore=self._ignore)
-        return self._exported(prunable.cut(choice) if choice else prunable.module)
+        return float_graph(prunable.cut(choice) if choice else prunable.module, self._arrays, self._opset)
 
     def sample(self, model: ir.Model, count: int = 1) -> dict[str, np.ndarray[Any, Any]]:
         """Samples by the names of a model's inputs."""
-        names = [value.name or "" for value in model.graph.inputs]
-        given = self._arrays if isinstance(self._arrays, dict) else dict(zip(names, self._arrays, strict=True))
-        return {name: np.asarray(given[name])[:count] for name in names}
+        return _samples(model, self._arrays, count)
 
-    def _exported(self, module: Any) -> ir.Model:
-        from edgekit.training.export_onnx import export_onnx
 
-        few = (
-            {name: array[:EXAMPLES] for name, array in self._arrays.items()}
-            if isinstance(self._arrays, dict)
-            else tuple(array[:EXAMPLES] for array in self._arrays)
-        )
-        model = export_onnx(module, few, opset=self._opset)
-        examples = self.sample(model, EXAMPLES)
-        return rewrite(canonicalize(model, examples, opset=self._opset), examples)
+def float_graph(module: Any, arrays: Any, opset: int) -> ir.Model:
+    """A torch module as it is timed; `arrays` are samples of its inputs, two at least."""
+    from edgekit.training.checkpoint import unwrapped
+    from edgekit.training.export_onnx import export_onnx
+    from edgekit.training.forward import exportable
+
+    few = (
+        {name: array[:EXAMPLES] for name, array in arrays.items()}
+        if isinstance(arrays, dict)
+        else tuple(array[:EXAMPLES] for array in arrays)
+    )
+    model = export_onnx(exportable(unwrapped(module)), few, opset=opset)
+    examples = _samples(model, arrays, EXAMPLES)
+    return rewrite(canonicalize(model, examples, opset=opset), examples)
+
+
+def _samples(model: ir.Model, arrays: Any, count: int) -> dict[str, np.ndarray[Any, Any]]:
+    names = [value.name or "" for value in model.graph.inputs]
+    given = arrays if isinstance(arrays, dict) else dict(zip(names, arrays, strict=True))
+    return {name: np.asarray(given[name])[:count] for name in names}
