@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import edgekit
+from edgekit.channel_choice import BALANCE
 from edgekit.data import open_data
 from edgekit.errors import BackendError, EdgekitError, GoalError, TargetError
 from edgekit.graph.io import load_onnx
@@ -138,6 +139,8 @@ def test_a_speedup_is_reached_on_a_real_runtime(
     wide: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Measured once; the second run finds the times of layers where the first one left them, and measures the whole model alone."""
+    monkeypatch.setattr(prune_timing, "PROCESSES", 2)
+    monkeypatch.setattr(prune_timing, "MOST_PROCESSES", 3)
     first: list[tuple[str, int, int | None]] = []
     found = pruned(wide, tmp_path / "out", first, speedup=f"1.3@{TARGET}", round_to=16, ignore="first")
     assert found.target == TARGET
@@ -308,6 +311,27 @@ def test_rounding_that_overshoots_is_told(wide: Path, clock: Clock, tmp_path: Pa
     found = pruned(wide, tmp_path / "out", speedup=f"1.4@{TARGET}", round_to=32, ignore="first")
     assert found.layers[0].after == (64, 32)
     assert [remark for remark in found.remarks if "faster than" in remark] != []
+
+
+def test_what_cannot_be_trained_is_cut_more_evenly(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A torch module's layers become as unequal as the goal likes; where the goal is harder than that, a graph's do too."""
+    net = Net(seed=1)
+    x = net.conv_relu(net.input("image", ["n", 1, 8, 8]), "first", 1, 64)
+    x = net.conv_relu(net.conv_relu(x, "second", 64, 16), "third", 16, 64)
+    x = net.op("Flatten", [net.op("GlobalAveragePool", [x], "mean")], "flat", axis=1)
+    ir.save(net.model(net.gemm(x, "head", 64, 4)), tmp_path / "net.onnx")
+
+    def least(name: str, goal: float) -> float:
+        found = pruned(tmp_path / "net.onnx", tmp_path / name, speedup=f"{goal}@{TARGET}", round_to=0)
+        assert found.speedup is not None and found.speedup >= goal
+        return min(layer.after[1] / layer.before[1] for layer in found.layers)
+
+    assert least("graph", 2.0) >= BALANCE * math.sqrt(1 / 2.0)
+    assert least("harder", 4.0) < BALANCE * math.sqrt(1 / 4.0)
+    monkeypatch.setattr(prune_timing, "BALANCE", 0.0)
+    assert least("trainable", 2.0) < BALANCE * math.sqrt(1 / 2.0)
 
 
 def test_the_least_important_channels_go(clock: Clock, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def prune_graph(
     if not channels.groups:
         why = some([f"{name}: {reason}" for name, reason in channels.fixed.items()])
         raise GraphError(f"the graph has no channels that can be cut: {why}")
-    timing = Timing(plan, on_progress) if plan.timed else None
+    timing = Timing(plan, on_progress, trainable=False) if plan.timed else None
     if timing is None:
         chosen = Amount(plan, rules.pruning, trainable=False).choose(channels.groups, channels.costs, 1.0)
     else:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from numpy.typing import NDArray
 from edgekit.allocation import NEAR, WITHIN, Reached, meet_goal
 from edgekit.backend import Artifact, Backend, get_backend
 from edgekit.channel_choice import (
+    BALANCE,
+    FLOOR,
     Chosen,
     Multiples,
     allowed_counts,
@@ -61,14 +65,15 @@ class Timing:
 
     Attributes:
         rules: the target that the goal names.
+        trainable: what is cut can be trained, as an ONNX graph cannot: its layers become less unequal.
         found: of what was measured last.
     """
 
-    def __init__(self, plan: Prune, on_progress: Progress) -> None:
+    def __init__(self, plan: Prune, on_progress: Progress, *, trainable: bool) -> None:
         """Raises BackendError where the target's runtime is not here, TargetError where there is no such target."""
         assert plan.timed is not None, "the goal is a time"
         self.kind, self.value, name = plan.timed
-        self.plan, self.on_progress = plan, on_progress
+        self.plan, self.on_progress, self.trainable = plan, on_progress, trainable
         self.rules: Target = load_target(name)
         if not self.rules.backend:
             raise TargetError(
@@ -108,8 +113,11 @@ class Timing:
             now = None if whole is first else self._against(before, whole, Path(folder) / "now", feeds)
             base = self._compare([before], feeds).timings[0].median_ms
             total = base if now is None else base / now.speedup
-            frontier = Frontier(groups, costs, table.time, total_ms=total, multiples=multiples)
             goal = self._goal(base, share)
+            frontiers = [
+                Frontier(groups, costs, table.time, total_ms=total, multiples=multiples, floor=floor)
+                for floor in self._floors(goal / total)
+            ]
             decides = self._decides(base / goal if self.kind == "speedup" else goal)
             results: dict[float, Timed] = {}
 
@@ -126,7 +134,7 @@ class Timing:
                 results[ms] = one
                 return ms
 
-            reached = self._met(frontier, tried, goal, results)
+            reached = self._met(frontiers, tried, goal, results)
         self.found = results[reached.measured_ms]
         return Chosen(reached.choice, (*reached.remarks, *table.remarks))
 
@@ -170,11 +178,31 @@ class Timing:
             )
         return base + (self.value - base) * share
 
+    def _floors(self, left: float) -> tuple[float, ...]:
+        """The shares of its units that each layer keeps at least where a share of the time is left, in the order in which they are tried.
+
+        (ResNet-20's file with 65 % of its MACs, which stand in for time, fitted to 512 images: 0.64 top-1 with the first, 0.50 with the
+        last.)
+        """
+        balanced = BALANCE * math.sqrt(min(1.0, left))  # inputs and outputs go alike
+        return (FLOOR,) if self.trainable or balanced <= FLOOR else (balanced, FLOOR)
+
     def _met(
-        self, frontier: Frontier, tried: Callable[[Choice], float], goal: float, results: dict[float, Timed]
+        self,
+        frontiers: Sequence[Frontier],
+        tried: Callable[[Choice], float],
+        goal: float,
+        results: dict[float, Timed],
     ) -> Reached:
+        *balanced, last = frontiers
+        for frontier in balanced:
+            if frontier.fastest_ms <= goal:
+                with suppress(GoalError):
+                    reached = meet_goal(frontier, tried, goal)
+                    if reached.met:
+                        return reached
         try:
-            return meet_goal(frontier, tried, goal)
+            return meet_goal(last, tried, goal)
         except GoalError as error:
             if self.kind != "speedup" or not results:
                 raise
