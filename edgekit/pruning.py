@@ -152,7 +152,8 @@ class Pruned(Table):
         macs, parameters: of all layers, before and after.
         blocks: that were left out, in that order.
         sparsity: share of the weights that are zero, where single ones go instead of channels.
-        speedup, latency_ms: measured on `target`, where the goal was a time, after recovery; `speedup_low` to `speedup_high` is the 95 % interval.
+        speedup, latency_ms: measured on `target`, after recovery, where the goal was a time; `speedup_low` to `speedup_high` is the 95 %
+            interval.
         before, cut, after: what `--evaluate` gave for the model as it came, for what was cut, and after recovery.
         recovered: the last recovery in words; empty where there was none.
         remarks: what the user should know.
